@@ -1,0 +1,58 @@
+"""Checkpoints: a folder that timm loads, with the state that training needs beside it."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models import save_for_hf
+from torch import nn
+
+MODEL_FILE = "model.safetensors"
+STATE_FILE = "training_state.pt"
+
+
+def save_checkpoint(
+    folder: Path, model: nn.Module, state: dict[str, Any], input_size: tuple[int, int, int]
+) -> None:
+    """Write model.safetensors, config.json and training_state.pt, replacing `folder` as a whole.
+
+    `timm.create_model("local-dir:FOLDER")` loads the result. A half-written checkpoint never
+    carries the name: files go to a folder beside it, which is then renamed.
+    """
+    fresh = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    save_for_hf(
+        model,
+        str(fresh),
+        model_config={"pretrained_cfg": {"input_size": input_size}},
+        safe_serialization=True,
+    )
+    torch.save(state, fresh / STATE_FILE)
+    _replace(fresh, folder)
+
+
+def copy_checkpoint(source: Path, folder: Path) -> None:
+    """Make `folder` a copy of `source`, replaced as a whole; files are linked where possible."""
+    fresh = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    shutil.copytree(source, fresh, copy_function=_link_or_copy)
+    _replace(fresh, folder)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _replace(fresh: Path, folder: Path) -> None:
+    old = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    fresh.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,145 @@
+"""The command line: `metala-vision COMMAND`, and `python train_imagenet.py` for its `train`."""
+
+import argparse
+import sys
+import warnings
+from typing import Any, NoReturn
+
+import yaml
+
+from . import __version__
+from .config import SECTIONS, Config, load_config, nearest, shipped_configs
+from .errors import UserError
+
+COMMANDS = {"train": "train a model on a folder of images"}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with our errors: one line, no usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: list[str] | None = None, prog: str = "metala-vision", command: str = "") -> int:
+    """Run one command and return the exit status.
+
+    Args:
+        argv: arguments after the program's name; None takes the process's.
+        command: the command where `argv` names none.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not command or (arguments and arguments[0] in COMMANDS):
+            parser = _Parser(prog, description=__doc__, formatter_class=_Formatter)
+            parser.add_argument("--version", action="version", version=__version__)
+            listed = ", ".join(f"{name} ({what})" for name, what in COMMANDS.items())
+            parser.add_argument("command", choices=COMMANDS, help=listed)
+            command = parser.parse_args(arguments[:1]).command
+            arguments = arguments[1:]
+        return {"train": train_command}[command](arguments, f"{prog} {command}")
+    except UserError as error:
+        print(f"{prog}: error: {error.line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{prog}: interrupted; checkpoints that were complete are kept", file=sys.stderr)
+        return 130
+
+
+def entry_point() -> NoReturn:
+    """`metala-vision`."""
+    sys.exit(main())
+
+
+def train_command(argv: list[str], prog: str) -> int:
+    """Train; the last line printed is the top-1."""
+    config, name = parse_config(argv, prog)
+    # Imported here: --help and a mistake in the arguments need none of the training libraries.
+    from .train import train
+
+    with warnings.catch_warnings():
+        # torch tells a machine without an accelerator so at every loader.
+        warnings.filterwarnings("ignore", message=".*pin_memory.*")
+        result = train(config, name)
+    print(f"curve       {result.run_dir / 'curve.png'}")
+    print(f"checkpoint  {result.run_dir / 'last'}  (timm.create_model reads local-dir:FOLDER)")
+    print(
+        f"top-1 {result.last.top1:.2f} % on {result.last.images:,} held-out images "
+        f"(best {result.best.top1:.2f} % after epoch {result.best_epoch:g})"
+    )
+    return 0
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=100)
+
+
+def parse_config(argv: list[str], prog: str) -> tuple[Config, str]:
+    """The configuration that the arguments ask for, and the run's name.
+
+    Every key of every section is a flag: `--lr 1e-3`, `--betas 0.9 0.98`,
+    `--model-kwargs conv=none`.
+    """
+    parser = _Parser(
+        prog,
+        description="Train a model on images. A flag overrides the same key of the configuration.",
+        epilog=f"configurations that ship: {', '.join(shipped_configs())}",
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file, or the name of a shipped one")
+    flags = ["--config"]
+    for section, schema in SECTIONS.items():
+        group = parser.add_argument_group(section, schema.__doc__)
+        for key, field in schema.model_fields.items():
+            flag = f"--{key.replace('_', '-')}"
+            flags.append(flag)
+            default = "" if field.default is None or field.default == {} else f" [{field.default}]"
+            help_text = f"{field.description}{default}".replace("%", "%%")
+            dest, many = f"{section}.{key}", _takes_many(field.annotation)
+            group.add_argument(
+                flag,
+                dest=dest,
+                metavar="KEY=VALUE" if key == "model_kwargs" else "VALUE",
+                nargs="+" if many else "?" if field.annotation is bool else None,
+                const="true" if field.annotation is bool else None,
+                default=argparse.SUPPRESS,
+                help=help_text,
+            )
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise UserError(f"unknown argument {unknown[0]!r}{nearest(unknown[0], flags)}")
+    overrides: dict[str, dict[str, Any]] = {}
+    for dest, text in vars(given).items():
+        if dest == "config":
+            continue
+        section, key = dest.split(".")
+        overrides.setdefault(section, {})[key] = _value(key, text)
+    config = load_config(given.config, overrides)
+    return config, (given.config or "train").replace("\\", "/").split("/")[-1].removesuffix(".yaml")
+
+
+def _takes_many(annotation: Any) -> bool:
+    text = str(annotation)
+    return "tuple[" in text or "dict[" in text
+
+
+def _value(key: str, text: str | list[str]) -> Any:
+    """What was typed, read as YAML reads it in a file."""
+    if key == "model_kwargs":
+        pairs = [item.partition("=") for item in text]
+        for name, equals, _ in pairs:
+            if not equals:
+                raise UserError(f"--model-kwargs takes key=value, got {name!r}")
+        return {name: _scalar(value) for name, _, value in pairs}
+    if isinstance(text, list):
+        return [_scalar(item) for item in text]
+    return _scalar(text)
+
+
+def _scalar(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text

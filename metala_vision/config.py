@@ -1,0 +1,229 @@
+"""The configuration of a training run: four sections, one YAML file, flags that override it.
+
+A key of a section is also a flag of the command line, `optim: {lr: 1e-3}` is `--lr 1e-3`: no key
+stands in two sections. timm's names wherever timm has one. Both ways are checked by one schema;
+an unknown key is an error that names the nearest.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
+
+from .errors import UserError
+
+# The files that ship with the package, also as configs/ at the root of a checkout.
+CONFIG_FOLDER = Path(__file__).parent / "configs"
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of the sections: unknown keys are refused, docstrings become the help."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """Which model, and how it differs from its default."""
+
+    model: str = "metala_tiny"
+    """Any model registered with timm."""
+    img_size: PositiveInt | None = None
+    """Side of the images; null is the model's own."""
+    patch_size: PositiveInt | None = None
+    """Side of a patch; null is the model's own."""
+    in_chans: Literal[1, 3] = 3
+    """Channels of the images: 3 colour, 1 grey."""
+    num_classes: PositiveInt | None = None
+    """Classifier outputs; null counts the classes of the data."""
+    drop_path_rate: float = Field(0.0, ge=0, lt=1)
+    """Stochastic depth at the last block."""
+    grad_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    model_kwargs: dict[str, Any] = {}
+    """Further arguments of the model, as key=value."""
+
+
+class DataConfig(Section):
+    """Which images, how they are split, and the augmentation of the training part."""
+
+    dataset: Literal["folder", "digits"] = "folder"
+    """folder: class folders under data_dir; digits: the 1,797 handwritten digits of scikit-learn."""
+    data_dir: Path | None = None
+    """Holds train/ and val/, each with one folder per class; default $METALA_VISION_DATA."""
+    val_fraction: float | None = Field(None, gt=0, lt=1)
+    """Hold out this fraction of each class where there is no val/."""
+    batch_size: PositiveInt = 256
+    """Images per step and process."""
+    workers: NonNegativeInt = 4
+    """Processes that decode images; 0 decodes in the training process."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Area range of the random resized crop."""
+    ratio: tuple[float, float] = (0.75, 4 / 3)
+    """Aspect range of the random resized crop."""
+    hflip: Probability = 0.5
+    """Probability of a horizontal flip."""
+    color_jitter: NonNegativeFloat = 0.0
+    """Strength of brightness, contrast and saturation jitter."""
+    auto_augment: str | None = None
+    """timm's policy name, such as rand-m9-mstd0.5-inc1."""
+    reprob: Probability = 0.0
+    """Probability of random erasing."""
+    interpolation: Literal["bilinear", "bicubic", "random"] = "bicubic"
+    """Of the training crop; evaluation takes the model's own."""
+    crop_pct: float | None = Field(None, gt=0, le=1)
+    """Centre crop of the evaluation; null is the model's own."""
+    mean: tuple[float, ...] | None = None
+    """Normalisation; null is the model's own."""
+    std: tuple[float, ...] | None = None
+    """Normalisation; null is the model's own."""
+
+
+class OptimConfig(Section):
+    """Optimizer, schedule and length."""
+
+    opt: str = "adamw"
+    """timm's optimizer name."""
+    lr: PositiveFloat | None = None
+    """Peak learning rate; null is lr_base * global batch / lr_base_size."""
+    lr_base: PositiveFloat = 6e-4
+    """Learning rate at a batch of lr_base_size."""
+    lr_base_size: PositiveInt = 512
+    """Batch that lr_base belongs to."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """AdamW's momenta."""
+    weight_decay: NonNegativeFloat = 0.05
+    """Not on biases, norms and what the model excludes."""
+    clip_grad: PositiveFloat | None = None
+    """Largest gradient norm; null does not clip."""
+    smoothing: float = Field(0.0, ge=0, lt=1)
+    """Label smoothing."""
+    epochs: PositiveInt = 300
+    """Length of the run and of the cosine."""
+    max_steps: PositiveInt | None = None
+    """Shorter run: stop, and end the cosine, after this many steps."""
+    warmup_epochs: NonNegativeFloat = 5
+    """Linear warm-up, part of the run's length."""
+    warmup_lr: NonNegativeFloat = 1e-6
+    """Learning rate at the first step of the warm-up."""
+    min_lr: NonNegativeFloat = 1e-5
+    """Learning rate at the end."""
+
+
+class RunConfig(Section):
+    """Where the run is kept and how it is executed."""
+
+    output: Path = Path("runs")
+    """Folder under which a new run folder is made."""
+    run_dir: Path | None = None
+    """This run's folder instead; it must not hold a run yet."""
+    seed: NonNegativeInt = 0
+    """Of weights, order and augmentation."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Type of the products; fp16 needs a GPU."""
+    eval_interval: PositiveInt = 1
+    """Evaluate and save every so many epochs, and at the end."""
+    log_interval: PositiveInt = 10
+    """Write the loss, and check that it is finite, every so many steps."""
+
+
+class Config(Section):
+    """A training run."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    run: RunConfig = RunConfig()
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "optim": OptimConfig,
+    "run": RunConfig,
+}
+
+
+def shipped_configs() -> list[str]:
+    """Names of the configurations that ship with the package, such as "quickstart"."""
+    files = CONFIG_FOLDER.rglob("*.yaml")
+    return sorted(f.relative_to(CONFIG_FOLDER).with_suffix("").as_posix() for f in files)
+
+
+def find_config(name: str) -> Path:
+    """The file of that path, or the shipped one of that name."""
+    if Path(name).is_file():
+        return Path(name)
+    shipped = CONFIG_FOLDER / f"{name.removeprefix('configs/').removesuffix('.yaml')}.yaml"
+    if shipped.is_file():
+        return shipped
+    raise UserError(
+        f"no configuration {name!r}: neither a file nor one that ships; "
+        f"shipped: {', '.join(shipped_configs())}"
+    )
+
+
+def load_config(name: str | None = None, overrides: dict[str, dict[str, Any]] | None = None) -> Config:
+    """Read a YAML file (None: the defaults), lay `overrides` {section: {key: value}} over it, check.
+
+    Raises:
+        UserError: for a file that is no YAML mapping, an unknown key or an unfit value.
+    """
+    values: dict[str, Any] = {}
+    source = "the command line"
+    if name is not None:
+        path = find_config(name)
+        source = str(path)
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+        if not isinstance(values, dict):
+            raise UserError(f"{path} must be a mapping of {', '.join(SECTIONS)}, got {values!r:.80}")
+    for section, keys in (overrides or {}).items():
+        given = values.setdefault(section, {})
+        if isinstance(given, dict):
+            given.update(keys)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{source}: {_explain(error)}") from error
+
+
+def nearest(word: str, words: list[str]) -> str:
+    """'; did you mean X?' for the closest of `words`, or ''."""
+    close = difflib.get_close_matches(word, words, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _explain(error: ValidationError) -> str:
+    """The first complaint of pydantic as one line, with the nearest key where one is unknown."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] != "extra_forbidden":
+        return f"{where}={first['input']!r} does not fit: {first['msg']}"
+    key = str(first["loc"][-1])
+    if len(first["loc"]) == 1:
+        homes = {k: s for s, section in SECTIONS.items() for k in section.model_fields}
+        if key in homes:
+            return f"unknown section {key!r}; it is a key of {homes[key]!r}: {homes[key]}.{key}"
+        return f"unknown section {key!r}{nearest(key, list(SECTIONS))}"
+    section = str(first["loc"][0])
+    homes = [s for s, other in SECTIONS.items() if key in other.model_fields]
+    if homes:
+        return f"unknown key {where!r}; did you mean {homes[0]}.{key}?"
+    every = [f"{s}.{k}" for s, other in SECTIONS.items() for k in other.model_fields]
+    in_section = nearest(key, list(SECTIONS[section].model_fields))
+    return f"unknown key {where!r}{in_section or nearest(where, every)}"

@@ -1,0 +1,263 @@
+"""Images for training and evaluation: folders of classes or scikit-learn's digits, through timm.
+
+timm reads the folders and builds the transforms; here is what decides which images are whose.
+"""
+
+import os
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.model_selection import train_test_split
+from timm.data import create_transform, resolve_data_config
+from timm.data.readers import create_reader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from .config import DataConfig, ModelConfig
+from .errors import UserError
+
+DATA_VARIABLE = "METALA_VISION_DATA"
+VAL_NAMES = ("val", "validation")
+
+
+class Source(Protocol):
+    """Labelled images by index."""
+
+    classes: list[str]
+    targets: list[int]
+
+    def image(self, index: int) -> Image.Image:
+        """The decoded image; raises UserError naming it where that fails."""
+        ...
+
+
+class FolderSource:
+    """A tree of class folders, read by timm.
+
+    Args:
+        root: holds one folder per class.
+        classes: names that define the labels; None takes the folders in their natural order.
+    """
+
+    def __init__(self, root: Path, classes: list[str] | None = None) -> None:
+        class_map = {name: i for i, name in enumerate(classes)} if classes else ""
+        try:
+            self.reader = create_reader("", root=str(root), class_map=class_map)
+        except RuntimeError as error:
+            raise UserError(f"no images in the class folders of {root}: {error}") from error
+        self.classes = list(self.reader.class_to_idx)
+        self.targets = [target for _, target in self.reader.samples]
+
+    def image(self, index: int) -> Image.Image:
+        try:
+            file, _ = self.reader[index]
+            with file, Image.open(file) as image:
+                image.load()
+                return image
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            path = self.reader.filename(index, absolute=True)
+            raise UserError(f"cannot read image {path}: {' '.join(str(error).split())}") from error
+
+
+class DigitsSource:
+    """The 1,797 handwritten digits, 8x8 grey, that scikit-learn carries (UCI, 43 writers)."""
+
+    def __init__(self) -> None:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        self.images = (digits.images * (255 / 16)).round().astype(np.uint8)
+        self.classes = [str(name) for name in digits.target_names]
+        self.targets = digits.target.tolist()
+
+    def image(self, index: int) -> Image.Image:
+        return Image.fromarray(self.images[index])
+
+
+class ImageData(Dataset):
+    """(transformed image, label) pairs of some of a source's images."""
+
+    def __init__(
+        self, source: Source, indices: Sequence[int], mode: str, transform: Callable
+    ) -> None:
+        self.source = source
+        self.indices = indices
+        self.mode = mode
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int]:
+        index = self.indices[position]
+        image = self.source.image(index).convert(self.mode)
+        return self.transform(image), self.source.targets[index]
+
+
+@dataclass
+class Split:
+    """Where the training and the held-out images come from."""
+
+    train: Source
+    train_indices: Sequence[int]
+    val: Source
+    val_indices: Sequence[int]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.train.classes)
+
+
+def find_split(config: DataConfig, seed: int) -> Split:
+    """Locate the images and decide which are held out.
+
+    Raises:
+        UserError: a missing or empty folder, a single class, no held-out images, a class that
+            only the held-out part has.
+    """
+    if config.dataset == "digits":
+        return _hold_out(DigitsSource(), config.val_fraction or 0.2, seed, "the digits")
+    root = _data_root(config)
+    train_dir = root / "train"
+    val_dir = next((root / name for name in VAL_NAMES if (root / name).is_dir()), None)
+    if val_dir is None or not train_dir.is_dir():
+        if config.val_fraction is None:
+            found = sorted(p.name for p in root.iterdir())
+            listed = ", ".join(found[:5]) + (" ..." if len(found) > 5 else "") if found else "nothing"
+            raise UserError(
+                f"{root} needs train/ and val/ with one folder per class, found {listed}; "
+                "to hold out part of one tree of class folders give --val-fraction 0.1"
+            )
+        tree = train_dir if train_dir.is_dir() else root
+        return _hold_out(FolderSource(tree), config.val_fraction, seed, str(tree))
+    if config.val_fraction is not None:
+        raise UserError(f"val_fraction={config.val_fraction} was given, but {val_dir} exists; drop one")
+    train = FolderSource(train_dir)
+    _check_classes(train, str(train_dir))
+    unknown = sorted({p.name for p in val_dir.iterdir() if p.is_dir()} - set(train.classes))
+    if unknown:
+        raise UserError(f"{val_dir} has class {unknown[0]!r}, which {train_dir} lacks")
+    val = FolderSource(val_dir, train.classes)
+    return Split(train, range(len(train.targets)), val, range(len(val.targets)))
+
+
+def _data_root(config: DataConfig) -> Path:
+    named = config.data_dir or os.environ.get(DATA_VARIABLE)
+    if not named:
+        raise UserError(f"no data folder: give --data-dir DIR or set {DATA_VARIABLE}")
+    root = Path(named).expanduser()
+    if not root.is_dir():
+        what = "is not a folder" if root.exists() else "does not exist"
+        raise UserError(f"data folder {root} {what}")
+    try:
+        next(root.iterdir(), None)
+    except OSError as error:
+        raise UserError(f"cannot read data folder {root}: {error.strerror}") from error
+    return root
+
+
+def _check_classes(source: Source, where: str) -> None:
+    if len(source.classes) < 2:
+        raise UserError(
+            f"{where} has one class, {source.classes[0]!r}; at least two class folders are needed"
+        )
+
+
+def _hold_out(source: Source, fraction: float, seed: int, where: str) -> Split:
+    """The same fraction of each class, drawn with the seed."""
+    _check_classes(source, where)
+    try:
+        train, val = train_test_split(
+            np.arange(len(source.targets)),
+            test_size=fraction,
+            random_state=seed,
+            stratify=source.targets,
+        )
+    except ValueError as error:
+        raise UserError(f"cannot hold out {fraction} of each class of {where}: {error}") from error
+    return Split(source, train.tolist(), source, val.tolist())
+
+
+@dataclass
+class Loaders:
+    """What the training loop draws from. `train` is shuffled, `val` in order and complete."""
+
+    train: DataLoader
+    val: DataLoader
+    input_size: tuple[int, int, int]
+
+
+def create_loaders(
+    config: DataConfig, model_config: ModelConfig, model: nn.Module, split: Split, seed: int
+) -> Loaders:
+    """Transforms and loaders for the model's input size and normalisation."""
+    in_chans = model_config.in_chans
+    mode = "RGB" if in_chans == 3 else "L"
+    for name in ("mean", "std"):
+        given = getattr(config, name)
+        if given is not None and len(given) not in (1, in_chans):
+            raise UserError(
+                f"data.{name} has {len(given)} values; 1 or in_chans={in_chans} are accepted"
+            )
+    wanted = {
+        "input_size": None,
+        "crop_pct": config.crop_pct,
+        "mean": config.mean,
+        "std": config.std,
+    }
+    inputs = resolve_data_config({**wanted, "in_chans": in_chans}, model=model)
+    size = model_config.img_size or inputs["input_size"][-1]
+    input_size = (in_chans, size, size)
+    mean, std = inputs["mean"][:in_chans], inputs["std"][:in_chans]
+    train_transform = create_transform(
+        input_size,
+        is_training=True,
+        scale=config.scale,
+        ratio=config.ratio,
+        hflip=config.hflip,
+        color_jitter=config.color_jitter,
+        auto_augment=config.auto_augment,
+        interpolation=config.interpolation,
+        re_prob=config.reprob,
+        re_mode="pixel",
+        mean=mean,
+        std=std,
+    )
+    val_transform = create_transform(
+        input_size,
+        interpolation=inputs["interpolation"],
+        crop_pct=inputs["crop_pct"],
+        crop_mode=inputs["crop_mode"],
+        mean=mean,
+        std=std,
+    )
+    common = {
+        "batch_size": config.batch_size,
+        "num_workers": config.workers,
+        "pin_memory": torch.cuda.is_available(),
+        "persistent_workers": config.workers > 0,
+        "worker_init_fn": _seed_worker,
+    }
+    train_data = ImageData(split.train, split.train_indices, mode, train_transform)
+    train = DataLoader(
+        train_data,
+        shuffle=True,
+        drop_last=len(train_data) >= config.batch_size,
+        generator=torch.Generator().manual_seed(seed),
+        **common,
+    )
+    val = DataLoader(ImageData(split.val, split.val_indices, mode, val_transform), **common)
+    return Loaders(train, val, input_size)
+
+
+def _seed_worker(worker: int) -> None:
+    """Seed the generators that timm's augmentations draw from; torch seeds its own."""
+    seed = torch.initial_seed() % 2**32
+    random.seed(seed)
+    np.random.seed(seed)

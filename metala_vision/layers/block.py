@@ -1,0 +1,55 @@
+"""The residual block that every family shares."""
+
+from collections.abc import Callable
+
+from timm.layers import DropPath, GluMlp
+from torch import Tensor, nn
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: a token mixer, then a gated linear unit, on maps [B, Gh, Gw, C].
+
+        x = x + mixer(LayerNorm(x))
+        x = x + (SiLU(x' W_1) * (x' W_2)) W_3,  x' = LayerNorm(x)
+
+    Source: MetaLA, arXiv 2411.10741, equations A41 to A43, with the residual around the channel
+    mixer that the printed A43 omits. The GLU is timm's, without biases.
+
+    Args:
+        dim: C.
+        mixer_layer: called with (dim, device=, dtype=).
+        mlp_ratio: hidden width of the GLU over C.
+        proj_drop: dropout inside the GLU. drop_path: stochastic depth of both branches.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mixer_layer: Callable[..., nn.Module],
+        mlp_ratio: float = 3.0,
+        proj_drop: float = 0.0,
+        drop_path: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.mixer = mixer_layer(dim, **dd)
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.mlp = GluMlp(
+            dim,
+            hidden_features=2 * int(mlp_ratio * dim),  # timm counts both halves
+            act_layer=nn.SiLU,
+            gate_last=False,
+            bias=False,
+            drop=proj_drop,
+            **dd,
+        )
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, Gh, Gw, C] -> [B, Gh, Gw, C]."""
+        x = x + self.drop_path1(self.mixer(self.norm1(x)))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))

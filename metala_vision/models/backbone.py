@@ -1,0 +1,203 @@
+"""The isotropic backbone that every family shares, and timm's surface on it.
+
+B batch, Gh x Gw the token grid, C width (embed_dim).
+"""
+
+from collections.abc import Callable
+
+import torch
+from timm.layers import (
+    ClassifierHead,
+    PatchEmbed,
+    calculate_drop_path_rates,
+    get_device_dtype,
+    register_notrace_function,
+    to_2tuple,
+    trunc_normal_,
+)
+from timm.models import checkpoint_seq
+from torch import Tensor, nn
+
+from metala_vision.layers import Block
+
+POOLS = ("avg", "max", "avgmax", "catavgmax", "")
+
+
+@register_notrace_function
+def check_image(x: Tensor, in_chans: int, patch_h: int, patch_w: int) -> Tensor:
+    """x unchanged, or a ValueError that says what the patch embedding accepts."""
+    if x.dim() != 4 or x.shape[1] != in_chans:
+        raise ValueError(f"expected images [B, {in_chans}, height, width], got {list(x.shape)}")
+    if x.shape[2] < patch_h or x.shape[3] < patch_w:
+        raise ValueError(
+            f"images of {x.shape[2]}x{x.shape[3]} are smaller than a patch of {patch_h}x{patch_w}"
+        )
+    if x.shape[2] % patch_h != 0 or x.shape[3] % patch_w != 0:
+        raise ValueError(
+            f"image height and width must be multiples of the patch {patch_h}x{patch_w}, "
+            f"got {x.shape[2]}x{x.shape[3]}"
+        )
+    return x
+
+
+def check_pool(global_pool: str) -> str:
+    """The pooling name unchanged, or a ValueError with the accepted ones."""
+    if global_pool not in POOLS:
+        accepted = ", ".join(repr(name) for name in POOLS)
+        raise ValueError(f"global_pool={global_pool!r} is unknown; accepted: {accepted}")
+    return global_pool
+
+
+class Backbone(nn.Module):
+    """Patch embedding, blocks, norm, pooling and classifier; features are maps [B, Gh, Gw, C].
+
+    The token mixer is the only thing in which two families differ. Any image size works whose
+    sides are multiples of the patch; `img_size` is what the model reports and is checked against
+    the patch.
+
+    Args:
+        mixer_layer: makes a token mixer, called with (embed_dim, device=, dtype=).
+        img_size: nominal image size, one number or (height, width).
+        patch_size: side of a square patch, or (height, width).
+        in_chans: image channels.
+        num_classes: classifier outputs; 0 leaves the pooled features.
+        global_pool: "avg", "max", "avgmax", "catavgmax", or "" for the unpooled map.
+        embed_dim: C.
+        depth: number of blocks.
+        mlp_ratio: hidden width of the channel mixer over C.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout inside the channel mixers.
+        drop_path_rate: stochastic depth, growing linearly to this value at the last block.
+    Raises:
+        ValueError: for sizes that do not fit.
+    """
+
+    output_fmt = "NHWC"
+    feature_dim = -1
+
+    def __init__(
+        self,
+        mixer_layer: Callable[..., nn.Module],
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dim: int = 192,
+        depth: int = 12,
+        mlp_ratio: float = 3.0,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        image, patch = to_2tuple(img_size), to_2tuple(patch_size)
+        if min(patch) < 1 or any(i < p or i % p for i, p in zip(image, patch, strict=True)):
+            raise ValueError(
+                f"img_size={img_size} must be a multiple of patch_size={patch_size}, at least one"
+            )
+        if in_chans < 1 or num_classes < 0 or depth < 1:
+            raise ValueError(
+                "in_chans and depth must be >= 1 and num_classes >= 0, "
+                f"got in_chans={in_chans}, depth={depth}, num_classes={num_classes}"
+            )
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.num_features = embed_dim
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+        self.patch_h, self.patch_w = patch
+
+        self.patch_embed = PatchEmbed(
+            img_size=image,
+            patch_size=patch,  # pyright: ignore[reportArgumentType]  (timm takes pairs too)
+            in_chans=in_chans,
+            embed_dim=embed_dim,
+            output_fmt="NHWC",
+            strict_img_size=False,
+            **dd,
+        )
+        drop_path = calculate_drop_path_rates(drop_path_rate, depth)
+        self.blocks = nn.Sequential(
+            *(
+                Block(embed_dim, mixer_layer, mlp_ratio, proj_drop_rate, drop_path[i], **dd)
+                for i in range(depth)
+            )
+        )
+        self.feature_info = [
+            {"num_chs": embed_dim, "reduction": max(patch), "module": f"blocks.{i}"}
+            for i in range(depth)
+        ]
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6, **dd)
+        self.head = ClassifierHead(
+            embed_dim, num_classes, check_pool(global_pool), drop_rate, input_fmt="NHWC", **dd
+        )
+        self.head_hidden_size = self.head.num_features
+        self.init_weights()
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Linear weights truncated normal with std 0.02, biases 0; the rest as its module does."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif hasattr(module, "reset_parameters"):
+                module.reset_parameters()  # pyright: ignore[reportCallIssue]
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters excluded from weight decay, beside biases and norms."""
+        names = set()
+        for i, block in enumerate(self.blocks):
+            if hasattr(block.mixer, "no_weight_decay"):
+                names |= {f"blocks.{i}.mixer.{name}" for name in block.mixer.no_weight_decay()}
+        return names
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Parameter groups by depth, for layer decay and freezing."""
+        return {
+            "stem": r"^patch_embed",
+            "blocks": r"^blocks\.(\d+)" if coarse else [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass instead of keeping their activations."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier on the model's device and dtype; the pooling is kept if None."""
+        if global_pool is not None:
+            check_pool(global_pool)
+        self.num_classes = num_classes
+        self.head.reset(num_classes, pool_type=global_pool, **get_device_dtype(self))
+        self.head_hidden_size = self.head.num_features
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images [B, in_chans, height, width] -> features [B, Gh, Gw, C], raster order."""
+        x = check_image(x, self.in_chans, self.patch_h, self.patch_w)
+        x = self.patch_embed(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features [B, Gh, Gw, C] -> logits [B, num_classes], or the pooled features."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [B, in_chans, height, width] -> logits [B, num_classes]."""
+        return self.forward_head(self.forward_features(x))

@@ -1,0 +1,49 @@
+"""Optimizer and schedule, both timm's."""
+
+import math
+
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler.cosine_lr import CosineLRScheduler
+from torch import nn
+
+from .config import OptimConfig, nearest
+from .errors import UserError
+
+
+def peak_lr(config: OptimConfig, global_batch: int) -> float:
+    """lr, or lr_base scaled linearly to the batch over all processes."""
+    return config.lr or config.lr_base * global_batch / config.lr_base_size
+
+
+def create_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> torch.optim.Optimizer:
+    """timm's optimizer, without weight decay on vectors and on what the model excludes."""
+    names = list_optimizers()
+    if config.opt not in names:
+        raise UserError(f"unknown optimizer optim.opt={config.opt!r}{nearest(config.opt, names)}")
+    extra = {"betas": config.betas} if "adam" in config.opt or "lamb" in config.opt else {}
+    return create_optimizer_v2(
+        model, opt=config.opt, lr=lr, weight_decay=config.weight_decay, **extra
+    )
+
+
+def run_length(config: OptimConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps of the whole run."""
+    total = config.epochs * steps_per_epoch
+    return min(total, config.max_steps or total)
+
+
+def create_scheduler(
+    optimizer: torch.optim.Optimizer, config: OptimConfig, steps_per_epoch: int
+) -> CosineLRScheduler:
+    """Linear warm-up, then a cosine to min_lr; call step_update(step) before each step."""
+    total = run_length(config, steps_per_epoch)
+    warmup = min(math.ceil(config.warmup_epochs * steps_per_epoch), total // 2)
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=total,
+        lr_min=config.min_lr,
+        warmup_t=warmup,
+        warmup_lr_init=config.warmup_lr,
+        t_in_epochs=False,
+    )

@@ -1,0 +1,16 @@
+"""Train a vision backbone on ImageNet-1k, or on any folder of images.
+
+A minute on a CPU:      python train_imagenet.py --config quickstart
+One GPU:                python train_imagenet.py --config imagenet1k/metala_tiny --data-dir DIR
+Any folder of images:   python train_imagenet.py --data-dir DIR --model metala_tiny --epochs 90
+
+DIR holds train/ and val/ with one folder per class. `--help` lists every key of a configuration;
+each is a flag. The same as `metala-vision train`; the code is in metala_vision/train.py.
+"""
+
+import sys
+
+from metala_vision.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(prog="train_imagenet.py", command="train"))
