@@ -1,7 +1,8 @@
 """Operators of metala_vision: one folder each, with a reference, a portable form and an api.
 
-Import the public function from its folder, `from metala_vision.kernels.gated_linear_attention
-import gated_linear_attention`: a function that carried its folder's name here would hide the folder.
+A public function is imported from its folder, as in
+`from metala_vision.kernels.gated_linear_attention import gated_linear_attention`: exported here
+under the same name, it would hide the folder.
 """
 
 if __name__ != "metala_vision.kernels":

@@ -3,6 +3,5 @@
 `import metala_vision` registers them: afterwards `timm.create_model("metala_tiny")` works.
 """
 
-from . import models  # noqa: F401  (registers the models)
-
-__version__ = "0.1.0"
+from . import models as models
+from ._version import __version__ as __version__

@@ -14,12 +14,21 @@ STATE_FILE = "training_state.pt"
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, state: dict[str, Any], input_size: tuple[int, int, int]
+    folder: Path,
+    model: nn.Module,
+    state: dict[str, Any],
+    preprocessing: dict[str, Any],
+    label_names: list[str],
 ) -> None:
     """Write model.safetensors, config.json and training_state.pt, replacing `folder` as a whole.
 
     `timm.create_model("local-dir:FOLDER")` loads the result. A half-written checkpoint never
     carries the name: files go to a folder beside it, which is then renamed.
+
+    Args:
+        state: tensors, numbers, strings and containers of them; read back with weights_only.
+        preprocessing: of the evaluation, in timm's words.
+        label_names: of the classifier's outputs.
     """
     fresh = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -27,7 +36,8 @@ def save_checkpoint(
     save_for_hf(
         model,
         str(fresh),
-        model_config={"pretrained_cfg": {"input_size": input_size}},
+        model_config={"label_names": label_names},
+        data_config=preprocessing,
         safe_serialization=True,
     )
     torch.save(state, fresh / STATE_FILE)

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from . import __version__
+from ._version import __version__
 from .config import SECTIONS, Config, load_config, nearest, shipped_configs
 from .errors import UserError
 

@@ -27,12 +27,17 @@ from .errors import UserError
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 
 Probability = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+CropShare = Annotated[float, Field(gt=0, le=1)]
 
 
 class Section(BaseModel):
     """Base of the sections: unknown keys are refused, docstrings become the help."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
+    )
 
 
 class ModelConfig(Section):
@@ -48,7 +53,7 @@ class ModelConfig(Section):
     """Channels of the images: 3 colour, 1 grey."""
     num_classes: PositiveInt | None = None
     """Classifier outputs; null counts the classes of the data."""
-    drop_path_rate: float = Field(0.0, ge=0, lt=1)
+    drop_path_rate: Rate = 0.0
     """Stochastic depth at the last block."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
@@ -60,10 +65,10 @@ class DataConfig(Section):
     """Which images, how they are split, and the augmentation of the training part."""
 
     dataset: Literal["folder", "digits"] = "folder"
-    """folder: class folders under data_dir; digits: the 1,797 handwritten digits of scikit-learn."""
+    """folder: class folders under data_dir; digits: scikit-learn's 1,797 handwritten digits."""
     data_dir: Path | None = None
     """Holds train/ and val/, each with one folder per class; default $METALA_VISION_DATA."""
-    val_fraction: float | None = Field(None, gt=0, lt=1)
+    val_fraction: Share | None = None
     """Hold out this fraction of each class where there is no val/."""
     batch_size: PositiveInt = 256
     """Images per step and process."""
@@ -83,7 +88,7 @@ class DataConfig(Section):
     """Probability of random erasing."""
     interpolation: Literal["bilinear", "bicubic", "random"] = "bicubic"
     """Of the training crop; evaluation takes the model's own."""
-    crop_pct: float | None = Field(None, gt=0, le=1)
+    crop_pct: CropShare | None = None
     """Centre crop of the evaluation; null is the model's own."""
     mean: tuple[float, ...] | None = None
     """Normalisation; null is the model's own."""
@@ -108,7 +113,7 @@ class OptimConfig(Section):
     """Not on biases, norms and what the model excludes."""
     clip_grad: PositiveFloat | None = None
     """Largest gradient norm; null does not clip."""
-    smoothing: float = Field(0.0, ge=0, lt=1)
+    smoothing: Rate = 0.0
     """Label smoothing."""
     epochs: PositiveInt = 300
     """Length of the run and of the cosine."""
@@ -175,9 +180,14 @@ def find_config(name: str) -> Path:
     )
 
 
-def load_config(name: str | None = None, overrides: dict[str, dict[str, Any]] | None = None) -> Config:
-    """Read a YAML file (None: the defaults), lay `overrides` {section: {key: value}} over it, check.
+def load_config(
+    name: str | None = None, overrides: dict[str, dict[str, Any]] | None = None
+) -> Config:
+    """Read a YAML file (None: the defaults), lay `overrides` over it and check the result.
 
+    Args:
+        name: a path, or the name of a configuration that ships.
+        overrides: {section: {key: value}}.
     Raises:
         UserError: for a file that is no YAML mapping, an unknown key or an unfit value.
     """
@@ -191,7 +201,9 @@ def load_config(name: str | None = None, overrides: dict[str, dict[str, Any]] | 
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
         if not isinstance(values, dict):
-            raise UserError(f"{path} must be a mapping of {', '.join(SECTIONS)}, got {values!r:.80}")
+            raise UserError(
+                f"{path} must be a mapping of {', '.join(SECTIONS)}, got {values!r:.80}"
+            )
     for section, keys in (overrides or {}).items():
         given = values.setdefault(section, {})
         if isinstance(given, dict):

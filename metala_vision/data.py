@@ -8,14 +8,15 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data import create_transform, resolve_data_config
-from timm.data.readers import create_reader
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -46,9 +47,9 @@ class FolderSource:
     """
 
     def __init__(self, root: Path, classes: list[str] | None = None) -> None:
-        class_map = {name: i for i, name in enumerate(classes)} if classes else ""
+        class_map: Any = {name: i for i, name in enumerate(classes)} if classes else ""
         try:
-            self.reader = create_reader("", root=str(root), class_map=class_map)
+            self.reader = ReaderImageFolder(str(root), class_map)
         except RuntimeError as error:
             raise UserError(f"no images in the class folders of {root}: {error}") from error
         self.classes = list(self.reader.class_to_idx)
@@ -69,9 +70,7 @@ class DigitsSource:
     """The 1,797 handwritten digits, 8x8 grey, that scikit-learn carries (UCI, 43 writers)."""
 
     def __init__(self) -> None:
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
+        digits: Any = load_digits()
         self.images = (digits.images * (255 / 16)).round().astype(np.uint8)
         self.classes = [str(name) for name in digits.target_names]
         self.targets = digits.target.tolist()
@@ -129,7 +128,9 @@ def find_split(config: DataConfig, seed: int) -> Split:
     if val_dir is None or not train_dir.is_dir():
         if config.val_fraction is None:
             found = sorted(p.name for p in root.iterdir())
-            listed = ", ".join(found[:5]) + (" ..." if len(found) > 5 else "") if found else "nothing"
+            listed = (
+                ", ".join(found[:5]) + (" ..." if len(found) > 5 else "") if found else "nothing"
+            )
             raise UserError(
                 f"{root} needs train/ and val/ with one folder per class, found {listed}; "
                 "to hold out part of one tree of class folders give --val-fraction 0.1"
@@ -137,7 +138,9 @@ def find_split(config: DataConfig, seed: int) -> Split:
         tree = train_dir if train_dir.is_dir() else root
         return _hold_out(FolderSource(tree), config.val_fraction, seed, str(tree))
     if config.val_fraction is not None:
-        raise UserError(f"val_fraction={config.val_fraction} was given, but {val_dir} exists; drop one")
+        raise UserError(
+            f"val_fraction={config.val_fraction} was given, but {val_dir} exists; drop one"
+        )
     train = FolderSource(train_dir)
     _check_classes(train, str(train_dir))
     unknown = sorted({p.name for p in val_dir.iterdir() if p.is_dir()} - set(train.classes))
@@ -173,24 +176,27 @@ def _hold_out(source: Source, fraction: float, seed: int, where: str) -> Split:
     """The same fraction of each class, drawn with the seed."""
     _check_classes(source, where)
     try:
-        train, val = train_test_split(
-            np.arange(len(source.targets)),
+        parts: Any = train_test_split(
+            range(len(source.targets)),
             test_size=fraction,
             random_state=seed,
             stratify=source.targets,
         )
     except ValueError as error:
         raise UserError(f"cannot hold out {fraction} of each class of {where}: {error}") from error
-    return Split(source, train.tolist(), source, val.tolist())
+    return Split(source, parts[0], source, parts[1])
 
 
 @dataclass
 class Loaders:
-    """What the training loop draws from. `train` is shuffled, `val` in order and complete."""
+    """What the training loop draws from. `train` is shuffled, `val` in order and complete.
+
+    preprocessing: of the evaluation, in timm's words; saved with the weights.
+    """
 
     train: DataLoader
     val: DataLoader
-    input_size: tuple[int, int, int]
+    preprocessing: dict[str, Any]
 
 
 def create_loaders(
@@ -215,7 +221,7 @@ def create_loaders(
     size = model_config.img_size or inputs["input_size"][-1]
     input_size = (in_chans, size, size)
     mean, std = inputs["mean"][:in_chans], inputs["std"][:in_chans]
-    train_transform = create_transform(
+    train_transform: Any = create_transform(
         input_size,
         is_training=True,
         scale=config.scale,
@@ -229,7 +235,7 @@ def create_loaders(
         mean=mean,
         std=std,
     )
-    val_transform = create_transform(
+    val_transform: Any = create_transform(
         input_size,
         interpolation=inputs["interpolation"],
         crop_pct=inputs["crop_pct"],
@@ -253,7 +259,13 @@ def create_loaders(
         **common,
     )
     val = DataLoader(ImageData(split.val, split.val_indices, mode, val_transform), **common)
-    return Loaders(train, val, input_size)
+    preprocessing = {
+        "input_size": input_size,
+        "mean": mean,
+        "std": std,
+        **{key: inputs[key] for key in ("interpolation", "crop_pct", "crop_mode")},
+    }
+    return Loaders(train, val, preprocessing)
 
 
 def _seed_worker(worker: int) -> None:

@@ -4,11 +4,12 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from timm.scheduler.cosine_lr import CosineLRScheduler
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from .config import OptimConfig
@@ -47,7 +48,7 @@ def train_epoch(
     start_step: int,
     last_step: int,
     log_interval: int,
-    on_images: Callable[[int], None],
+    on_images: Callable[[int], object],
     on_interval: Callable[[Interval], None],
 ) -> int:
     """Train from `start_step` until the loader or `last_step` ends; the number of the next step.
@@ -77,7 +78,8 @@ def train_epoch(
         loss_sum += loss.detach()
         ends = step == last_step or step - start_step == len(loader)
         if ends or (step - start_step) % log_interval == 0:
-            mean_loss = accelerator.reduce(loss_sum, "mean").item() / (step - since_step)
+            reduced: Any = accelerator.reduce(loss_sum, "mean")
+            mean_loss = reduced.item() / (step - since_step)
             lr = optimizer.param_groups[0]["lr"]
             if not math.isfinite(mean_loss):
                 raise UserError(
@@ -105,7 +107,8 @@ def evaluate(model: nn.Module, loader: DataLoader, accelerator: Accelerator) -> 
         loss = nn.functional.cross_entropy(logits, target, reduction="none")
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = ranked == target[:, None]
-        per_image: Tensor = torch.stack([hits[:, 0], hits.any(1), loss, torch.ones_like(loss)], 1)
-        sums += accelerator.gather_for_metrics(per_image).double().sum(0).cpu()
+        per_image = torch.stack([hits[:, 0], hits.any(1), loss, torch.ones_like(loss)], 1)
+        gathered: Any = accelerator.gather_for_metrics(per_image)
+        sums += gathered.double().sum(0).cpu()
     top1, top5, loss_sum, images = sums.tolist()
     return Evaluation(100 * top1 / images, 100 * top5 / images, loss_sum / images, int(images))

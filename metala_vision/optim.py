@@ -1,6 +1,7 @@
 """Optimizer and schedule, both timm's."""
 
 import math
+from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers
@@ -18,10 +19,12 @@ def peak_lr(config: OptimConfig, global_batch: int) -> float:
 
 def create_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> torch.optim.Optimizer:
     """timm's optimizer, without weight decay on vectors and on what the model excludes."""
-    names = list_optimizers()
+    names = [str(name) for name in list_optimizers()]
     if config.opt not in names:
         raise UserError(f"unknown optimizer optim.opt={config.opt!r}{nearest(config.opt, names)}")
-    extra = {"betas": config.betas} if "adam" in config.opt or "lamb" in config.opt else {}
+    extra: dict[str, Any] = (
+        {"betas": config.betas} if "adam" in config.opt or "lamb" in config.opt else {}
+    )
     return create_optimizer_v2(
         model, opt=config.opt, lr=lr, weight_decay=config.weight_decay, **extra
     )
@@ -36,14 +39,18 @@ def run_length(config: OptimConfig, steps_per_epoch: int) -> int:
 def create_scheduler(
     optimizer: torch.optim.Optimizer, config: OptimConfig, steps_per_epoch: int
 ) -> CosineLRScheduler:
-    """Linear warm-up, then a cosine to min_lr; call step_update(step) before each step."""
+    """Linear warm-up, then one cosine to min_lr; call step_update(step) before each step.
+
+    A run shortened below twice its warm-up warms up for its first half.
+    """
     total = run_length(config, steps_per_epoch)
     warmup = min(math.ceil(config.warmup_epochs * steps_per_epoch), total // 2)
     return CosineLRScheduler(
         optimizer,
-        t_initial=total,
+        t_initial=total - warmup,
         lr_min=config.min_lr,
         warmup_t=warmup,
         warmup_lr_init=config.warmup_lr,
+        warmup_prefix=True,
         t_in_epochs=False,
     )

@@ -1,11 +1,11 @@
 """The folder of a run: what was run, on what, and how it went.
 
-    config.yaml        the resolved configuration; a run can be started from it
-    environment.json   command, commit, versions, machine
-    changes.patch      uncommitted changes of the code, where there were any
-    metrics.jsonl      a line per logged interval and per evaluation
-    curve.png          loss and accuracy over the steps
-    best/, last/       checkpoints
+config.yaml        the resolved configuration; a run can be started from it
+environment.json   command, commit, versions, machine
+changes.patch      uncommitted changes of the code, where there were any
+metrics.jsonl      a line per logged interval and per evaluation
+curve.png          loss and accuracy over the steps
+best/, last/       checkpoints
 """
 
 import importlib.metadata

@@ -60,9 +60,11 @@ def create_model(config: ModelConfig, num_classes: int) -> nn.Module:
         **config.model_kwargs,
     }
     try:
-        model = timm.create_model(config.model, **{k: v for k, v in wanted.items() if v is not None})
+        model = timm.create_model(
+            config.model, **{k: v for k, v in wanted.items() if v is not None}
+        )
         if config.grad_checkpointing:
-            model.set_grad_checkpointing()
+            model.set_grad_checkpointing()  # pyright: ignore[reportCallIssue]
     except (TypeError, ValueError, AssertionError) as error:
         raise UserError(f"cannot build {config.model}: {error}") from error
     return model
@@ -92,7 +94,7 @@ def train(config: Config, name: str = "train") -> TrainResult:
     epochs = math.ceil(total_steps / len(train_loader))
 
     run = RunFolder(config, name)
-    size = loaders.input_size
+    size = loaders.preprocessing["input_size"]
     parameters = sum(p.numel() for p in model.parameters())
     say = accelerator.print
     say(
@@ -104,7 +106,9 @@ def train(config: Config, name: str = "train") -> TrainResult:
 
     last = best = None
     best_epoch, step = 0.0, 0
-    bar = tqdm(total=total_steps * config.data.batch_size, unit="img", unit_scale=True, disable=None)
+    bar = tqdm(
+        total=total_steps * config.data.batch_size, unit="img", unit_scale=True, disable=None
+    )
 
     def on_interval(interval: Interval) -> None:
         run.log("train", **dataclasses.asdict(interval))
@@ -131,10 +135,19 @@ def train(config: Config, name: str = "train") -> TrainResult:
                     "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
                     "evaluation": dataclasses.asdict(last),
                 }
-                save_checkpoint(run.path / "last", accelerator.unwrap_model(model), state, size)
-                if is_best:
-                    copy_checkpoint(run.path / "last", run.path / "best")
-                learning_curve(read_metrics(run.path), name, run.path / "curve.png")
+                try:
+                    save_checkpoint(
+                        run.path / "last", accelerator.unwrap_model(model), state,
+                        loaders.preprocessing, split.train.classes,
+                    )  # fmt: skip
+                    if is_best:
+                        copy_checkpoint(run.path / "last", run.path / "best")
+                    learning_curve(read_metrics(run.path), name, run.path / "curve.png")
+                except OSError as error:
+                    raise UserError(
+                        f"cannot write to {run.path} after epoch {epoch}: {error.strerror}; "
+                        "the last complete checkpoint is kept"
+                    ) from error
             bar.write(
                 f"epoch {epoch:3d}/{epochs}  held-out loss {last.loss:.4f}  "
                 f"top-1 {last.top1:.2f}  top-5 {last.top5:.2f}"

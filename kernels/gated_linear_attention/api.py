@@ -6,9 +6,9 @@ B batch, N tokens, H heads, K key width per head, V value width per head.
 import torch
 from torch import Tensor
 
-from .._impl import choose
-from .chunked import chunked
-from .reference import reference
+from metala_vision.kernels._impl import choose
+from metala_vision.kernels.gated_linear_attention.chunked import chunked
+from metala_vision.kernels.gated_linear_attention.reference import reference
 
 DIRECTIONS = ("forward", "backward", "bidirectional")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -70,8 +70,9 @@ def gated_linear_attention(
     _validate_state(q, v, direction, initial_state, output_final_state)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     o, state = _run(
-        q, v, k, gate, log_decay, float(gate_divisor), scale, direction, order, initial_state, impl
-    )
+        q, v, k, gate, log_decay, float(gate_divisor), scale, direction, order, initial_state,
+        output_final_state, impl,
+    )  # fmt: skip
     if output_final_state:
         assert state is not None
         return o, state
@@ -95,11 +96,11 @@ def gated_linear_attention_op(
     what keeps the choice out of the script.
     """
     if torch.jit.is_scripting():
-        o, _ = chunked(q, v, k, gate, log_decay, gate_divisor, scale, direction, order, None)
+        o, _ = chunked(q, v, k, gate, log_decay, gate_divisor, scale, direction, order, None, False)
         return o
-    else:  # noqa: RET505
+    else:
         return _run(
-            q, v, k, gate, log_decay, gate_divisor, scale, direction, order, None, "auto"
+            q, v, k, gate, log_decay, gate_divisor, scale, direction, order, None, False, "auto"
         )[0]
 
 
@@ -114,11 +115,13 @@ def _run(
     direction: str,
     order: Tensor | None,
     initial_state: Tensor | None,
+    output_final_state: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor | None]:
     form = {"chunked": chunked, "reference": reference}[choose(impl, ("chunked", "reference"))]
     arguments = (
         q, v, k, gate, log_decay, gate_divisor, scale, direction, order, initial_state,
+        output_final_state,
     )  # fmt: skip
     device_type = q.device.type
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+
 def decay_and_key(gate: Tensor, gate_divisor: float) -> tuple[Tensor, Tensor, Tensor]:
     """log alpha = logsigmoid(gate) / gate_divisor, alpha, and the key 1 - alpha.
 
@@ -118,9 +119,10 @@ def chunked(
     direction: str,
     order: Tensor | None,  # [N] or [H, N]
     initial_state: Tensor | None,  # [B, H, K, V]
+    output_final_state: bool,
     max_length: int = 32,  # of a chunk: shorter does more state updates, longer more pairs
 ) -> tuple[Tensor, Tensor | None]:
-    """Output [B, N, H, V] in q.dtype and, for a single direction, the last state [B, H, K, V]."""
+    """Output [B, N, H, V] in q.dtype and, where asked for, the last state [B, H, K, V]."""
     B, N, H, K = q.shape
     V = v.shape[3]
     out_dtype = q.dtype
@@ -157,32 +159,35 @@ def chunked(
 
     exponent = torch.matmul(rows, log_alpha).reshape(D, B * H, NC, M + 2, L, K)
     decay = exponent.exp()
-    qe, ke = decay * qa.unsqueeze(3), decay * key.unsqueeze(3)  # [D, B*H, NC, M + 2, L, K]
-    q_level, k_level = qe[0, :, :, :M], ke[0, :, :, :M]
+    # Queries and keys with their factors: of the levels, of the tokens before and of those after.
+    q_level, q_before, q_after = (decay * qa.unsqueeze(3)).split([M, 1, 1], 3)
+    k_level, k_before, k_after = (decay * key.unsqueeze(3)).split([M, 1, 1], 3)
     if D == 2:  # forward pairs: the query is right of the key; backward pairs: left of it
-        q_level = torch.where(right, q_level, qe[1, :, :, :M])
-        k_level = torch.where(right, ke[1, :, :, :M], k_level)
-    weight = (torch.matmul(q_level, k_level.transpose(3, 4)) * keep).sum(2)  # [B*H, NC, L, L]
-    o = torch.matmul(weight, v) + own * v
+        q_level = torch.where(right, q_level[:1], q_level[1:])
+        k_level = torch.where(right, k_level[1:], k_level[:1])
+    weight = torch.matmul(q_level[0], k_level[0].transpose(3, 4))
+    weight = (weight * keep).sum(2) + torch.diag_embed(own.squeeze(3))  # [B*H, NC, L, L]
+    o = torch.matmul(weight, v)
 
-    chunk_decay = log_alpha.sum(3).exp().unsqueeze(4)  # [D, B*H, NC, K, 1]
     initial = initial_state
     if initial is not None:
         initial = initial.to(dtype).reshape(B * H, K, V)
     last: Tensor | None = None
-    if direction != "backward":
-        S = torch.matmul(ke[0, :, :, M + 1].transpose(2, 3), v)
-        state, last = states_before(S, chunk_decay[0], initial, False)
-        o = o + torch.matmul(qe[0, :, :, M], state)
-    if direction != "forward":
-        S = torch.matmul(ke[D - 1, :, :, M].transpose(2, 3), v)
-        state, last = states_before(S, chunk_decay[D - 1], initial, True)
-        o = o + torch.matmul(qe[D - 1, :, :, M + 1], state)
+    if NC > 1 or initial is not None or output_final_state:
+        chunk_decay = log_alpha.sum(3).exp().unsqueeze(4)  # [D, B*H, NC, K, 1]
+        if direction != "backward":
+            S = torch.matmul(k_after[0].squeeze(2).transpose(2, 3), v)
+            state, last = states_before(S, chunk_decay[0], initial, False)
+            o = o + torch.matmul(q_before[0].squeeze(2), state)
+        if direction != "forward":
+            S = torch.matmul(k_before[D - 1].squeeze(2).transpose(2, 3), v)
+            state, last = states_before(S, chunk_decay[D - 1], initial, True)
+            o = o + torch.matmul(q_after[D - 1].squeeze(2), state)
 
     o = o.reshape(B, H, NC * L, V)[:, :, :N].transpose(1, 2)
     if order is not None:
         o = _visit(o, torch.argsort(order, dim=-1))
     o = (o * scale).to(out_dtype)
-    if both or last is None:
-        return o, None
-    return o, last.reshape(B, H, K, V)
+    if output_final_state and last is not None:
+        return o, last.reshape(B, H, K, V)
+    return o, None

@@ -22,8 +22,9 @@ def reference(
     direction: str,
     order: Tensor | None,  # [N] or [H, N]
     initial_state: Tensor | None,  # [B, H, K, V]
+    output_final_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Output [B, N, H, V] in q.dtype and, for a single direction, the last state [B, H, K, V]."""
+    """Output [B, N, H, V] in q.dtype and, where asked for, the last state [B, H, K, V]."""
     B, N, H, K = q.shape
     compute_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     if gate is not None:
@@ -53,4 +54,4 @@ def reference(
             outputs[t] = scale * (q_seq[:, t, :, :, None] * S).sum(-2)
         o_seq = torch.stack([outputs[t] for t in range(N)], dim=1)
         o = o.index_put(read, o_seq, accumulate=True)
-    return o.to(q.dtype), None if direction == "bidirectional" else S
+    return o.to(q.dtype), S if output_final_state else None

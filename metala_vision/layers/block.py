@@ -1,6 +1,7 @@
 """The residual block that every family shares."""
 
 from collections.abc import Callable
+from typing import Any
 
 from timm.layers import DropPath, GluMlp
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ class Block(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
         self.mixer = mixer_layer(dim, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()

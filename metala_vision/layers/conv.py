@@ -30,7 +30,12 @@ class TokenConv(nn.Module):
     """
 
     def __init__(
-        self, dim: int, kind: str = "depthwise2d", direction: str = "forward", device=None, dtype=None
+        self,
+        dim: int,
+        kind: str = "depthwise2d",
+        direction: str = "forward",
+        device=None,
+        dtype=None,
     ) -> None:
         super().__init__()
         if kind not in CONVS:

@@ -4,6 +4,8 @@ B batch, Gh x Gw the token grid, N = Gh * Gw tokens in raster order, C width, H 
 K = C / (2 H) key width per head, V = C / H value width per head.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_function
@@ -18,6 +20,7 @@ from metala_vision.kernels.gated_linear_attention import (
 from .conv import TokenConv
 
 register_notrace_function(gated_linear_attention_op)
+jit_ignore: Any = torch.jit.ignore  # torch types the decorated function as a flag
 
 
 @register_notrace_function
@@ -71,7 +74,7 @@ class MetaLAMixer(nn.Module):
             raise ValueError(
                 f"direction={direction!r} is unknown; accepted: {', '.join(DIRECTIONS)}"
             )
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.key_width = dim // (2 * num_heads)
         self.value_width = dim // num_heads
@@ -91,7 +94,7 @@ class MetaLAMixer(nn.Module):
         nn.init.zeros_(self.output_gate_bias)
         nn.init.zeros_(self.w_aug)
 
-    @torch.jit.ignore
+    @jit_ignore
     def no_weight_decay(self) -> set[str]:
         """Parameters that AdamW should not decay although they are matrices."""
         return {"w_aug"}

@@ -4,6 +4,7 @@ B batch, Gh x Gw the token grid, C width (embed_dim).
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from timm.layers import (
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from metala_vision.layers import Block
 
+jit_ignore: Any = torch.jit.ignore  # torch types the decorated function as a flag
 POOLS = ("avg", "max", "avgmax", "catavgmax", "")
 
 
@@ -93,8 +95,9 @@ class Backbone(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        image, patch = to_2tuple(img_size), to_2tuple(patch_size)
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        image: Any = to_2tuple(img_size)
+        patch: Any = to_2tuple(patch_size)
         if min(patch) < 1 or any(i < p or i % p for i, p in zip(image, patch, strict=True)):
             raise ValueError(
                 f"img_size={img_size} must be a multiple of patch_size={patch_size}, at least one"
@@ -113,14 +116,14 @@ class Backbone(nn.Module):
 
         self.patch_embed = PatchEmbed(
             img_size=image,
-            patch_size=patch,  # pyright: ignore[reportArgumentType]  (timm takes pairs too)
+            patch_size=patch,
             in_chans=in_chans,
             embed_dim=embed_dim,
             output_fmt="NHWC",
             strict_img_size=False,
             **dd,
         )
-        drop_path = calculate_drop_path_rates(drop_path_rate, depth)
+        drop_path: Any = calculate_drop_path_rates(drop_path_rate, depth)
         self.blocks = nn.Sequential(
             *(
                 Block(embed_dim, mixer_layer, mlp_ratio, proj_drop_rate, drop_path[i], **dd)
@@ -138,7 +141,7 @@ class Backbone(nn.Module):
         self.head_hidden_size = self.head.num_features
         self.init_weights()
 
-    @torch.jit.ignore
+    @jit_ignore
     def init_weights(self) -> None:
         """Linear weights truncated normal with std 0.02, biases 0; the rest as its module does."""
         for module in self.modules():
@@ -147,31 +150,35 @@ class Backbone(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif hasattr(module, "reset_parameters"):
-                module.reset_parameters()  # pyright: ignore[reportCallIssue]
+                reset: Any = module.reset_parameters
+                reset()
 
-    @torch.jit.ignore
+    @jit_ignore
     def no_weight_decay(self) -> set[str]:
         """Parameters excluded from weight decay, beside biases and norms."""
         names = set()
-        for i, block in enumerate(self.blocks):
-            if hasattr(block.mixer, "no_weight_decay"):
-                names |= {f"blocks.{i}.mixer.{name}" for name in block.mixer.no_weight_decay()}
+        for name, module in self.named_modules():
+            if name and hasattr(module, "no_weight_decay"):
+                own: Any = module.no_weight_decay
+                names |= {f"{name}.{parameter}" for parameter in own()}
         return names
 
-    @torch.jit.ignore
+    @jit_ignore
     def group_matcher(self, coarse: bool = False) -> dict:
         """Parameter groups by depth, for layer decay and freezing."""
         return {
             "stem": r"^patch_embed",
-            "blocks": r"^blocks\.(\d+)" if coarse else [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+            "blocks": r"^blocks\.(\d+)"
+            if coarse
+            else [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
-    @torch.jit.ignore
+    @jit_ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass instead of keeping their activations."""
         self.grad_checkpointing = enable
 
-    @torch.jit.ignore
+    @jit_ignore
     def get_classifier(self) -> nn.Module:
         """The last linear layer."""
         return self.head.fc
@@ -181,7 +188,8 @@ class Backbone(nn.Module):
         if global_pool is not None:
             check_pool(global_pool)
         self.num_classes = num_classes
-        self.head.reset(num_classes, pool_type=global_pool, **get_device_dtype(self))
+        dd: dict[str, Any] = get_device_dtype(self)
+        self.head.reset(num_classes, pool_type=global_pool, **dd)
         self.head_hidden_size = self.head.num_features
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -189,7 +197,7 @@ class Backbone(nn.Module):
         x = check_image(x, self.in_chans, self.patch_h, self.patch_w)
         x = self.patch_embed(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x)
+            x = checkpoint_seq(self.blocks, x)  # pyright: ignore[reportAssignmentType]
         else:
             x = self.blocks(x)
         return self.norm(x)

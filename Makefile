@@ -1,0 +1,37 @@
+# Every target makes the environment it needs in .venv; PYTHON picks the interpreter (3.10 or newer).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: quickstart test test-slow test-gpu check bench clean
+
+quickstart: $(READY)  ## train on scikit-learn's digits: curve, checkpoint, top-1
+	$(BIN)/python train_imagenet.py --config quickstart
+
+test: $(READY)  ## the fast tests
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(READY)  ## all tests that need no GPU
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: $(READY)  ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+check: $(READY)  ## formatting, lint and types; edits nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+
+bench: $(READY)  ## operator timings on this machine
+	$(BIN)/python benchmarks/operator_cpu.py
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and f"Python 3.10 or newer is needed, {sys.executable} is {v.major}.{v.minor}; name another with make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:  ## remove the environment
+	rm -rf $(VENV)

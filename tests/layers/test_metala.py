@@ -1,0 +1,163 @@
+"""The MetaLA mixer against the paper's equations, written out token by token in numpy."""
+
+import numpy as np
+import pytest
+import torch
+
+from metala_vision.kernels.gated_linear_attention import DIRECTIONS
+from metala_vision.layers import Block, MetaLAMixer, TokenConv
+from metala_vision.layers.conv import CONVS
+from tests._numerics import normal, relative_rms
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def silu(x):
+    return x * sigmoid(x)
+
+
+def convolve(x, weight, conv, direction):
+    """The short convolution of one image [Gh, Gw, C], index by index."""
+    Gh, Gw, C = x.shape
+    out = np.zeros_like(x)
+    if conv == "none":
+        return x
+    if conv == "depthwise2d":
+        for r in range(Gh):
+            for c in range(Gw):
+                for i in range(3):
+                    for j in range(3):
+                        rr, cc = r + i - 1, c + j - 1
+                        if 0 <= rr < Gh and 0 <= cc < Gw:
+                            out[r, c] += weight[:, 0, i, j] * x[rr, cc]
+        return silu(out)
+    tokens, N = x.reshape(-1, C), Gh * Gw
+    out = out.reshape(-1, C)
+    for t in range(N):
+        for i in range(4):
+            back = 3 - i
+            s = t + back if direction == "backward" else t - back
+            if 0 <= s < N:
+                out[t] += weight[:, 0, i] * tokens[s]
+    return silu(out).reshape(Gh, Gw, C)
+
+
+def metala_by_hand(x, p, H, conv, direction):
+    """Equations 21, 22, A23 to A38 of arXiv 2411.10741 for one image [Gh, Gw, C]."""
+    Gh, Gw, C = x.shape
+    N, K, V = Gh * Gw, C // (2 * H), C // H
+    x = convolve(x, p.get("conv.conv.weight"), conv, direction).reshape(N, C)
+    w_q, w_alpha, w_v, w_g = np.split(p["in_proj.weight"], [C // 2, C, 2 * C])
+    q, a, v = x @ w_q.T, x @ w_alpha.T, x @ w_v.T
+    g = silu(x @ w_g.T + p["output_gate_bias"])
+    alpha = sigmoid(a) ** (1 / 16)
+    y = np.zeros((N, C))
+    for h in range(H):
+        keys, values = slice(h * K, h * K + K), slice(h * V, h * V + V)
+        o = np.zeros((N, V))
+        ways = {"forward": [1], "backward": [-1], "bidirectional": [1, -1]}[direction]
+        for way in ways:
+            S = np.zeros((K, V))
+            for t in range(N)[::way]:
+                S = alpha[t, keys, None] * S + np.outer(1 - alpha[t, keys], v[t, values])
+                o[t] += K**-0.5 * q[t, keys] @ S
+        for t in range(N):
+            own = q[t, keys] @ (p["w_aug"][h] * (1 - alpha[t, keys]))
+            o[t] += sigmoid(own * v[t, values])
+            o[t] = (o[t] - o[t].mean()) / np.sqrt(o[t].var() + 1e-5)
+        y[:, values] = g[:, values] * o
+    return (y @ p["out_proj.weight"].T).reshape(Gh, Gw, C)
+
+
+def mixer_with_random_weights(dim, heads, conv, direction):
+    mixer = MetaLAMixer(dim, heads, conv=conv, direction=direction, dtype=torch.float64)
+    with torch.no_grad():
+        for i, parameter in enumerate(mixer.parameters()):
+            parameter.copy_(0.5 * normal(*parameter.shape, seed=i))
+    return mixer
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("conv", CONVS)
+@pytest.mark.parametrize("grid", [(1, 1), (3, 4), (6, 7)], ids=str)
+def test_the_mixer_is_the_papers_equations(grid, conv, direction):
+    mixer = mixer_with_random_weights(12, 2, conv, direction)
+    x = normal(2, *grid, 12, seed=50)
+    weights = {name: p.numpy() for name, p in mixer.state_dict().items()}
+    by_hand = np.stack([metala_by_hand(image, weights, 2, conv, direction) for image in x.numpy()])
+    # float64; 1 - alpha by subtraction loses up to 1e-14 of a key near 0
+    assert relative_rms(mixer(x).detach(), torch.from_numpy(by_hand)) <= 1e-11
+
+
+@pytest.mark.parametrize("name", ["w_aug", "output_gate_bias", "in_proj.weight", "out_proj.weight"])
+def test_the_written_out_equations_notice_a_wrong_parameter(name):
+    mixer = mixer_with_random_weights(12, 2, "depthwise2d", "bidirectional")
+    x = normal(1, 3, 4, 12, seed=50)
+    weights = {key: p.numpy().copy() for key, p in mixer.state_dict().items()}
+    weights[name].flat[0] += 0.1
+    by_hand = metala_by_hand(x[0].numpy(), weights, 2, "depthwise2d", "bidirectional")
+    assert relative_rms(mixer(x)[0].detach(), torch.from_numpy(by_hand)) > 1e-6
+
+
+@pytest.mark.parametrize("conv", ["causal1d", "none"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_one_direction_sees_only_its_past(direction, conv):
+    mixer = mixer_with_random_weights(8, 1, conv, direction)
+    x = normal(1, 4, 5, 8, seed=1).requires_grad_()
+    token = 11
+    mixer(x).flatten(1, 2)[0, token].sum().backward()
+    seen = x.grad.flatten(1, 2)[0].abs().sum(1) > 0
+    expected = torch.arange(20) <= token if direction == "forward" else torch.arange(20) >= token
+    assert torch.equal(seen, expected)
+
+
+def test_backward_is_forward_on_the_flipped_tokens():
+    for conv in ("causal1d", "none"):
+        forward = mixer_with_random_weights(8, 1, conv, "forward")
+        backward = mixer_with_random_weights(8, 1, conv, "backward")
+        x = normal(1, 3, 5, 8, seed=1)
+        assert relative_rms(backward(x), forward(x.flip(1, 2)).flip(1, 2)) <= 1e-13
+
+
+def test_self_augmentation_changes_nothing_at_the_start_but_learns():
+    """w_aug = 0 adds sigmoid(0) = 0.5 to every channel, which the norm removes."""
+    mixer = MetaLAMixer(12, 2, dtype=torch.float64)
+    x = normal(1, 3, 3, 12)
+    y = mixer(x)
+    y.sum().backward()
+    assert mixer.w_aug.grad.abs().max() > 0
+    with torch.no_grad():
+        mixer.w_aug += 1.0
+    assert relative_rms(mixer(x), y) > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_heads": 5}, r"dim=12 is not divisible by 2 \* num_heads=10"),
+        ({"conv": "3x3"}, "conv='3x3' is unknown; accepted: depthwise2d, causal1d, none"),
+        ({"direction": "up"}, "direction='up' is unknown; accepted: forward, backward"),
+    ],
+)
+def test_a_bad_option_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MetaLAMixer(12, **{"num_heads": 2, **arguments})
+
+
+def test_conv_none_is_the_identity():
+    x = normal(1, 2, 2, 4)
+    assert torch.equal(TokenConv(4, "none")(x), x)
+
+
+def test_the_block_is_two_pre_norm_residuals():
+    torch.manual_seed(0)
+    block = Block(8, lambda dim, **dd: MetaLAMixer(dim, 1, **dd), mlp_ratio=2.0, dtype=torch.float64)
+    x = normal(2, 3, 3, 8)
+    norm = torch.nn.functional.layer_norm
+    y = x + block.mixer(norm(x, (8,), eps=1e-6))
+    hidden, gated = (norm(y, (8,), eps=1e-6) @ block.mlp.fc1.weight.T).chunk(2, dim=-1)
+    silu = torch.nn.functional.silu(hidden)
+    assert block.mlp.fc1.weight.shape == (32, 8)
+    assert relative_rms(block(x), y + (silu * gated) @ block.mlp.fc2.weight.T) <= 1e-14

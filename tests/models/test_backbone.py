@@ -1,0 +1,227 @@
+"""timm's surface on every model that this package registers."""
+
+import pytest
+import timm
+import torch
+
+import metala_vision.models.metala
+from metala_vision.models.backbone import Backbone
+
+MODELS = timm.list_models(module="metala")
+# trainable parameters at 1000 classes; the two `_paper` counts reproduce the paper's 6.1M and
+# 23.7M and are those of arXiv 2411.10741's equations with affine norms
+PARAMETERS = {
+    "metala_nano": 1_872_744,
+    "metala_tiny": 6_125_224,
+    "metala_small": 23_751_016,
+    "metala_base": 93_507_304,
+    "metala_tiny_paper": 6_113_704,
+    "metala_small_paper": 23_727_976,
+}
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def small(**kwargs):
+    """metala_nano, shrunk to run in milliseconds."""
+    arguments = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5, **kwargs}
+    return timm.create_model("metala_nano", **arguments)
+
+
+def test_every_model_is_pinned():
+    assert sorted(MODELS) == sorted(PARAMETERS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameter_count(name):
+    model = timm.create_model(name, device="meta")
+    assert count(model) == PARAMETERS[name]
+    paper = {"metala_tiny": 6_113_704, "metala_small": 23_727_976}
+    if name in paper:
+        assert abs(count(model) / paper[name] - 1) <= 0.03
+
+
+def test_the_papers_count_term_by_term():
+    """4 d^2 projections, 9 d^2 GLU, conv 4 d, gate bias d, w_aug d / 2, norms 4 d a block."""
+    for name, d in (("metala_tiny_paper", 192), ("metala_small_paper", 384)):
+        block = 13 * d * d + 4 * d + d + d // 2 + 4 * d
+        stem, norm, head = 3 * 16 * 16 * d + d, 2 * d, 1000 * d + 1000
+        assert 12 * block + stem + norm + head == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", [m for m in MODELS if "base" not in m])
+def test_forward_backward_at_the_native_grid(name):
+    cfg = timm.get_pretrained_cfg(name)
+    size = min(cfg.input_size[1], 64)
+    model = timm.create_model(name, num_classes=42)
+    x = torch.randn(2, 3, size, size)
+    features = model.forward_features(x)
+    patch = model.patch_embed.patch_size[0]
+    assert features.shape == (2, size // patch, size // patch, model.num_features)
+    assert cfg.pool_size == (cfg.input_size[1] // patch,) * 2
+    logits = model(x)
+    logits.mean().backward()
+    assert logits.shape == (2, 42)
+    assert torch.isfinite(logits).all()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_head_surface():
+    model = small().eval()
+    x = torch.randn(2, 3, 64, 64)
+    features = model.forward_features(x)
+    assert torch.equal(model(x), model.forward_head(features))
+    assert model.forward_head(features, pre_logits=True).shape == (2, 32)
+    assert torch.allclose(
+        model.forward_head(features, pre_logits=True), features.mean((1, 2)), atol=1e-6
+    )
+    assert model.get_classifier().out_features == 5
+    model.reset_classifier(7)
+    assert model(x).shape == (2, 7) and model.num_classes == 7
+    model.reset_classifier(0)
+    assert model(x).shape == (2, 32)
+    model.reset_classifier(0, "")
+    assert model(x).shape == features.shape
+    model.reset_classifier(3, "catavgmax")
+    assert model(x).shape == (2, 3) and model.head_hidden_size == 64
+    assert small(num_classes=0)(x).shape == (2, 32)
+    assert small(num_classes=0, global_pool="")(x).shape == features.shape
+
+
+def test_reset_classifier_keeps_device_and_dtype():
+    model = small().to(torch.float64)
+    model.reset_classifier(0)
+    model.reset_classifier(3)
+    assert model.head.fc.weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize("size", [(64, 64), (32, 96), (8, 8)], ids=str)
+def test_any_multiple_of_the_patch(size):
+    x = torch.randn(1, 3, *size)
+    assert small().forward_features(x).shape == (1, size[0] // 8, size[1] // 8, 32)
+
+
+def test_image_and_patch_size_and_channels():
+    model = small(img_size=(48, 32), patch_size=4, in_chans=1)
+    assert model.patch_embed.grid_size == (12, 8)
+    assert model.forward_features(torch.randn(1, 1, 48, 32)).shape == (1, 12, 8, 32)
+    assert model.feature_info[-1] == {"num_chs": 32, "reduction": 4, "module": "blocks.1"}
+
+
+def test_device_and_dtype_reach_every_tensor():
+    model = timm.create_model("metala_tiny", device="meta", dtype=torch.bfloat16)
+    tensors = [*model.parameters(), *model.buffers()]
+    assert {(t.device.type, t.dtype) for t in tensors} == {("meta", torch.bfloat16)}
+    with torch.device("meta"):
+        x = torch.randn(1, 3, 224, 224, dtype=torch.bfloat16)
+    assert model(x).dtype == torch.bfloat16
+
+
+def test_bfloat16_model_runs():
+    model = small().to(torch.bfloat16)
+    assert model(torch.randn(1, 3, 64, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_gradient_checkpointing_changes_memory_only():
+    model = small()
+    x = torch.randn(2, 3, 64, 64)
+    model(x).sum().backward()
+    plain = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.set_grad_checkpointing()
+    model(x).sum().backward()
+    for p, expected in zip(model.parameters(), plain, strict=True):
+        torch.testing.assert_close(p.grad, expected)
+
+
+def test_drop_rates_act_in_training_only():
+    model = small(drop_rate=0.5, proj_drop_rate=0.5, drop_path_rate=0.5)
+    x = torch.randn(4, 3, 64, 64)
+    model.train()
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+    assert [b.drop_path1.drop_prob for b in model.blocks if hasattr(b.drop_path1, "drop_prob")] == [
+        0.5
+    ]
+
+
+def test_weight_decay_and_layer_groups_name_real_parameters():
+    model = small()
+    names = {name for name, _ in model.named_parameters()}
+    assert model.no_weight_decay() == {f"blocks.{i}.mixer.w_aug" for i in range(2)}
+    assert model.no_weight_decay() <= names
+    groups = timm.models.group_parameters(model, model.group_matcher(coarse=False))
+    assert {n for group in groups.values() for n in group} == names
+    assert len(groups) == 4  # stem, two blocks, norm with head
+
+
+def test_deferred_initialisation_fills_every_tensor():
+    model = small(device="meta").to_empty(device="cpu")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(float("nan"))
+    model.init_weights()
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_the_decay_starts_where_the_paper_puts_it():
+    """alpha = sigmoid(0)^(1/16) = 0.958 where the gate's logits start near 0."""
+    model = small()
+    weight = model.blocks[0].mixer.in_proj.weight
+    assert 0.015 < weight.std() < 0.025
+    assert 0.5 ** (1 / model.blocks[0].mixer.gate_divisor) == pytest.approx(0.958, abs=5e-4)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_script_gives_the_same_numbers():
+    model = small().eval()
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(torch.jit.script(model)(x), model(x))
+
+
+def test_unknown_arguments_are_type_errors():
+    with pytest.raises(TypeError, match="flavour"):
+        timm.create_model("metala_nano", flavour="sweet")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"img_size": 4}, "img_size=4 must be a multiple of patch_size=8"),
+        ({"img_size": 60}, "img_size=60 must be a multiple of patch_size=8"),
+        ({"patch_size": 0}, "img_size=64 must be a multiple of patch_size=0"),
+        ({"in_chans": 0}, "got in_chans=0"),
+        ({"depth": 0}, "depth=0"),
+        ({"global_pool": "median"}, "global_pool='median' is unknown; accepted: 'avg', 'max'"),
+        ({"num_heads": 3}, r"dim=32 is not divisible by 2 \* num_heads=6"),
+        ({"conv": "5x5"}, "conv='5x5' is unknown"),
+        ({"direction": "sideways"}, "direction='sideways' is unknown"),
+    ],
+)
+def test_unfit_arguments_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        small(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 1, 64, 64), r"expected images \[B, 3, height, width\], got \[1, 1, 64, 64\]"),
+        ((3, 64, 64), r"expected images \[B, 3, height, width\], got \[3, 64, 64\]"),
+        ((1, 3, 4, 64), "images of 4x64 are smaller than a patch of 8x8"),
+        ((1, 3, 64, 60), "multiples of the patch 8x8, got 64x60"),
+    ],
+)
+def test_unfit_images_are_named(shape, message):
+    with pytest.raises(ValueError, match=message):
+        small()(torch.zeros(shape))
+
+
+def test_reset_classifier_refuses_an_unknown_pool():
+    model = small()
+    with pytest.raises(ValueError, match="global_pool='median'"):
+        model.reset_classifier(3, "median")
+    assert isinstance(model, Backbone) and model.num_classes == 5
