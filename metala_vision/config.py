@@ -236,6 +236,6 @@ def _explain(error: ValidationError) -> str:
     homes = [s for s, other in SECTIONS.items() if key in other.model_fields]
     if homes:
         return f"unknown key {where!r}; did you mean {homes[0]}.{key}?"
-    every = [f"{s}.{k}" for s, other in SECTIONS.items() for k in other.model_fields]
+    every = [k for other in SECTIONS.values() for k in other.model_fields]
     in_section = nearest(key, list(SECTIONS[section].model_fields))
-    return f"unknown key {where!r}{in_section or nearest(where, every)}"
+    return f"unknown key {where!r}{in_section or nearest(key, every)}"

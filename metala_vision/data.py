@@ -221,20 +221,25 @@ def create_loaders(
     size = model_config.img_size or inputs["input_size"][-1]
     input_size = (in_chans, size, size)
     mean, std = inputs["mean"][:in_chans], inputs["std"][:in_chans]
-    train_transform: Any = create_transform(
-        input_size,
-        is_training=True,
-        scale=config.scale,
-        ratio=config.ratio,
-        hflip=config.hflip,
-        color_jitter=config.color_jitter,
-        auto_augment=config.auto_augment,
-        interpolation=config.interpolation,
-        re_prob=config.reprob,
-        re_mode="pixel",
-        mean=mean,
-        std=std,
-    )
+    try:
+        train_transform: Any = create_transform(
+            input_size,
+            is_training=True,
+            scale=config.scale,
+            ratio=config.ratio,
+            hflip=config.hflip,
+            color_jitter=config.color_jitter,
+            auto_augment=config.auto_augment,
+            interpolation=config.interpolation,
+            re_prob=config.reprob,
+            re_mode="pixel",
+            mean=mean,
+            std=std,
+        )
+    except (AssertionError, ValueError) as error:
+        raise UserError(
+            f"data.auto_augment={config.auto_augment!r} does not fit: {error}"
+        ) from error
     val_transform: Any = create_transform(
         input_size,
         interpolation=inputs["interpolation"],

@@ -105,7 +105,7 @@ def train(config: Config, name: str = "train") -> TrainResult:
     say(f"{total_steps} steps in {epochs} epochs, peak lr {lr:.3g}; run folder {run.path}")
 
     last = best = None
-    best_epoch, step = 0.0, 0
+    best_epoch, step, saved_step = 0.0, 0, 0
     bar = tqdm(
         total=total_steps * config.data.batch_size, unit="img", unit_scale=True, disable=None
     )
@@ -144,14 +144,17 @@ def train(config: Config, name: str = "train") -> TrainResult:
                         copy_checkpoint(run.path / "last", run.path / "best")
                     learning_curve(read_metrics(run.path), name, run.path / "curve.png")
                 except OSError as error:
-                    raise UserError(
-                        f"cannot write to {run.path} after epoch {epoch}: {error.strerror}; "
-                        "the last complete checkpoint is kept"
-                    ) from error
+                    raise UserError(f"cannot write to {run.path}: {error.strerror}") from error
+                saved_step = step
             bar.write(
                 f"epoch {epoch:3d}/{epochs}  held-out loss {last.loss:.4f}  "
                 f"top-1 {last.top1:.2f}  top-5 {last.top5:.2f}"
             )
+    except UserError as error:
+        if not saved_step:
+            raise
+        kept = f"the checkpoint of step {saved_step} is kept in {run.path / 'last'}"
+        raise UserError(f"{error.line}; {kept}") from error
     finally:
         bar.close()
         run.close()

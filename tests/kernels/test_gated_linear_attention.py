@@ -63,9 +63,7 @@ def test_finite_up_to_gate_300():
     inputs = {name: normal(1, 70, H, K, seed=i, dtype=torch.float32) for i, name in enumerate("qv")}
     for value in (300.0, -300.0):
         gate = torch.full_like(inputs["q"], value)
-        result = with_gradients(
-            {**inputs, "gate": gate}, torch.ones_like(inputs["v"]), "chunked"
-        )
+        result = with_gradients({**inputs, "gate": gate}, torch.ones_like(inputs["v"]), "chunked")
         assert all(torch.isfinite(x).all() for x in result.values())
 
 
@@ -162,9 +160,7 @@ def test_an_order_is_gather_then_operator_then_scatter(per_head, direction):
     orders = torch.stack([torch.randperm(N) for _ in range(H)])
     order = orders.int() if per_head else orders[0]
     for impl in ("chunked", "reference"):
-        ours = gated_linear_attention(
-            q, v, gate=gate, order=order, direction=direction, impl=impl
-        )
+        ours = gated_linear_attention(q, v, gate=gate, order=order, direction=direction, impl=impl)
         for h in range(H):
             seen = orders[h if per_head else 0]
             heads = slice(h, h + 1)

@@ -42,7 +42,10 @@ def test_the_unchanged_call_works():
         ({"impl": "cuda"}, "impl='cuda' is unknown; accepted: auto, triton"),
         ({"impl": "triton"}, "impl='triton' is not available here; accepted: auto, chunked"),
         ({"q": torch.zeros(B, N, H, K).int()}, r"q has dtype torch\.int32; accepted"),
-        ({"v": torch.zeros(B, N, H, V).half()}, r"v has dtype torch\.float16, q has torch\.float32"),
+        (
+            {"v": torch.zeros(B, N, H, V).half()},
+            r"v has dtype torch\.float16, q has torch\.float32",
+        ),
         ({"q": torch.zeros(B, N, K, H).mT}, "q needs a contiguous last dimension, got strides"),
         ({"gate": torch.zeros(B, N, H, K, device="meta")}, "gate is on meta, q on cpu"),
         ({"order": torch.arange(N - 1)}, r"order must be \[6\] or \[2, 6\], got shape \[5\]"),

@@ -153,7 +153,9 @@ def test_conv_none_is_the_identity():
 
 def test_the_block_is_two_pre_norm_residuals():
     torch.manual_seed(0)
-    block = Block(8, lambda dim, **dd: MetaLAMixer(dim, 1, **dd), mlp_ratio=2.0, dtype=torch.float64)
+    block = Block(
+        8, lambda dim, **dd: MetaLAMixer(dim, 1, **dd), mlp_ratio=2.0, dtype=torch.float64
+    )
     x = normal(2, 3, 3, 8)
     norm = torch.nn.functional.layer_norm
     y = x + block.mixer(norm(x, (8,), eps=1e-6))

@@ -4,10 +4,9 @@ import pytest
 import timm
 import torch
 
-import metala_vision.models.metala
-from metala_vision.models.backbone import Backbone
+from metala_vision.models import Backbone, metala
 
-MODELS = timm.list_models(module="metala")
+MODELS = timm.list_models(module=metala.__name__.rsplit(".", 1)[1])
 # trainable parameters at 1000 classes; the two `_paper` counts reproduce the paper's 6.1M and
 # 23.7M and are those of arXiv 2411.10741's equations with affine norms
 PARAMETERS = {

@@ -1,0 +1,55 @@
+"""The wheel holds what a checkout holds: kernels and configurations too."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built from a copy of the tracked files, so that nothing is left in the checkout."""
+    folder = tmp_path_factory.mktemp("build")
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\0")
+    for name in filter(None, tracked):
+        target = folder / "source" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_symlink():
+            target.symlink_to((ROOT / name).readlink())
+        elif (ROOT / name).exists():
+            target.write_bytes((ROOT / name).read_bytes())
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
+         "--wheel-dir", str(folder), str(folder / "source")],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_holds_every_module_and_configuration_once(wheel):
+    expected = {"metala_vision/py.typed"}
+    for folder, inside in (("metala_vision", ""), ("kernels", "kernels/"), ("configs", "configs/")):
+        for path in (ROOT / folder).rglob("*"):
+            relative = path.relative_to(ROOT / folder).as_posix()
+            through_link = folder == "metala_vision" and relative.startswith(("kernels", "configs"))
+            if path.suffix in (".py", ".yaml") and not through_link:
+                expected.add(f"metala_vision/{inside}{relative}")
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if ".dist-info/" not in name]
+    assert sorted(names) == sorted(expected)
+
+
+def test_the_wheel_carries_licence_and_command(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        info = {n.split(".dist-info/")[1]: n for n in archive.namelist() if ".dist-info/" in n}
+        assert "licenses/LICENSE" in info
+        assert (
+            "metala-vision = metala_vision.cli:entry_point"
+            in archive.read(info["entry_points.txt"]).decode()
+        )

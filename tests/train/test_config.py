@@ -1,0 +1,106 @@
+"""One schema for files and flags; unknown keys name the nearest."""
+
+import pytest
+import yaml
+
+from metala_vision.cli import parse_config
+from metala_vision.config import SECTIONS, Config, load_config, shipped_configs
+from metala_vision.errors import UserError
+
+
+def test_no_key_stands_in_two_sections():
+    keys = [key for section in SECTIONS.values() for key in section.model_fields]
+    assert len(keys) == len(set(keys))
+
+
+def test_every_key_has_a_description():
+    for section in SECTIONS.values():
+        assert all(field.description for field in section.model_fields.values())
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_every_shipped_configuration_is_valid(name):
+    assert load_config(name) == load_config(f"configs/{name}.yaml")
+
+
+def test_shipped_configurations():
+    names = {
+        "quickstart", "tiny_imagenet/metala_nano", "imagenet1k/metala_tiny",
+        "imagenet1k/metala_small",
+    }  # fmt: skip
+    assert names <= set(shipped_configs())
+
+
+def test_a_flag_overrides_the_file(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("optim: {lr: 3e-4, epochs: 7}\nmodel: {model: deit_tiny_patch16_224}\n")
+    arguments = [
+        "--config", str(file), "--lr", "1e-3", "--betas", "0.9", "0.95", "--data-dir", "/x/y",
+        "--model-kwargs", "conv=none", "depth=3", "--grad-checkpointing", "--clip-grad", "null",
+    ]  # fmt: skip
+    config, name = parse_config(arguments, "prog")
+    assert name == "mine"
+    assert config.optim.lr == 1e-3 and config.optim.epochs == 7
+    assert config.optim.betas == (0.9, 0.95) and config.optim.clip_grad is None
+    assert config.model.model_kwargs == {"conv": "none", "depth": 3}
+    assert config.model.grad_checkpointing and str(config.data.data_dir) == "/x/y"
+    assert config.model.model == "deit_tiny_patch16_224"
+
+
+def test_a_resolved_configuration_reads_back(tmp_path):
+    config = load_config("quickstart")
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert load_config(str(file)) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim: {lrr: 1}", r"unknown key 'optim\.lrr'; did you mean lr\?"),
+        (
+            "optim: {batch_size: 1}",
+            r"unknown key 'optim\.batch_size'; did you mean data\.batch_size",
+        ),
+        ("optim: {zzzzzz: 1}", r"unknown key 'optim\.zzzzzz'$"),
+        ("lr: 1", r"unknown section 'lr'; it is a key of 'optim': optim\.lr"),
+        ("optin: {lr: 1}", r"unknown section 'optin'; did you mean optim\?"),
+        ("optim: {lr: fast}", r"optim\.lr='fast' does not fit: .*number"),
+        ("optim: {lr: -1}", r"optim\.lr=-1 does not fit: .*greater than 0"),
+        ("data: {hflip: 2}", r"data\.hflip=2 does not fit: .*less than or equal to 1"),
+        ("model: {in_chans: 2}", r"model\.in_chans=2 does not fit: .*1 or 3"),
+        ("run: {mixed_precision: fp8}", r"run\.mixed_precision='fp8' does not fit: .*'bf16'"),
+        ("- a\n- b", "must be a mapping of model, data, optim, run, got"),
+        ("optim: [", "cannot read .*bad.yaml"),
+        ("optim: 3", r"optim=3 does not fit"),
+    ],
+)
+def test_a_mistake_in_a_file_is_one_line(text, message, tmp_path):
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        load_config(str(file))
+    assert "\n" not in str(error.value)
+    assert str(file) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lrr", "1"], r"unknown argument '--lrr'; did you mean --lr\?"),
+        (["--batchsize", "1"], r"unknown argument '--batchsize'; did you mean --batch-size\?"),
+        (["stray"], r"unknown argument 'stray'"),
+        (["--lr"], r"argument --lr: expected one argument"),
+        (["--lr", "fast"], r"optim\.lr='fast' does not fit"),
+        (["--model-kwargs", "depth"], r"--model-kwargs takes key=value, got 'depth'"),
+        (["--config", "quickstarts"], r"no configuration 'quickstarts'.*shipped: .*quickstart"),
+    ],
+)
+def test_a_mistake_in_a_flag_is_one_line(arguments, message):
+    with pytest.raises(UserError, match=message) as error:
+        parse_config(arguments, "prog")
+    assert "\n" not in str(error.value)
+
+
+def test_defaults_are_valid():
+    assert Config() == load_config()

@@ -1,0 +1,118 @@
+"""Which images are whose, and what comes out of the loaders."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from metala_vision.config import DataConfig, ModelConfig, load_config
+from metala_vision.data import DATA_VARIABLE, DigitsSource, create_loaders, find_split
+from metala_vision.errors import UserError
+from metala_vision.train import create_model
+
+
+def loaders(data, model=None, seed=0):
+    model = model or ModelConfig(
+        model="metala_nano", img_size=32, model_kwargs={"embed_dim": 32, "num_heads": 1, "depth": 1}
+    )
+    split = find_split(data, seed)
+    return create_loaders(data, model, create_model(model, split.num_classes), split, seed)
+
+
+def test_a_tree_with_train_and_val(digit_tree):
+    split = find_split(DataConfig(data_dir=digit_tree), 0)
+    assert split.train.classes == ["digit0", "digit1", "digit2"] == split.val.classes
+    assert len(split.train_indices) == 36 and len(split.val_indices) == 12
+
+
+def test_the_variable_names_the_folder(digit_tree, monkeypatch):
+    monkeypatch.setenv(DATA_VARIABLE, str(digit_tree))
+    assert len(find_split(DataConfig(), 0).train_indices) == 36
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["train-only", "flat"])
+def test_holding_out_a_fraction_of_each_class(own_digit_tree, flat):
+    shutil.rmtree(own_digit_tree / "val")
+    root = own_digit_tree / "train" if flat else own_digit_tree
+    split = find_split(DataConfig(data_dir=root, val_fraction=0.25), 0)
+    assert not set(split.train_indices) & set(split.val_indices)
+    assert len(split.train_indices) + len(split.val_indices) == 36
+    held = [split.val.targets[i] for i in split.val_indices]
+    assert [held.count(c) for c in range(3)] == [3, 3, 3]
+    again = find_split(DataConfig(data_dir=root, val_fraction=0.25), 0)
+    assert again.val_indices == split.val_indices
+    other = find_split(DataConfig(data_dir=root, val_fraction=0.25), 1)
+    assert other.val_indices != split.val_indices
+
+
+def test_a_class_missing_in_val_keeps_the_labels(own_digit_tree):
+    shutil.rmtree(own_digit_tree / "val" / "digit0")
+    split = find_split(DataConfig(data_dir=own_digit_tree), 0)
+    assert set(split.val.targets) == {1, 2}
+
+
+def test_the_digits_are_the_real_ones():
+    source = DigitsSource()
+    assert len(source.targets) == 1797 and len(source.classes) == 10
+    pixels = np.asarray(source.image(0))
+    assert pixels.shape == (8, 8) and pixels.max() == 239  # 15 of 16
+
+
+def test_the_quickstart_holds_out_a_fifth():
+    split = find_split(load_config("quickstart").data, 0)
+    assert len(split.val_indices) == 360 and len(split.train_indices) == 1437
+
+
+def test_batches_have_the_model_size_and_normalisation(digit_tree):
+    data = DataConfig(
+        data_dir=digit_tree, batch_size=8, workers=0, mean=(0.0,), std=(1.0,), crop_pct=1.0
+    )
+    made = loaders(data)
+    images, labels = next(iter(made.val))
+    assert images.shape == (8, 3, 32, 32) and labels.dtype == torch.int64
+    file = digit_tree / "val" / "digit0" / "12.png"
+    expected = np.asarray(Image.open(file)).transpose(2, 0, 1) / 255
+    np.testing.assert_allclose(images[0].numpy(), expected, atol=1e-6)
+    assert made.preprocessing["input_size"] == (3, 32, 32)
+
+
+def test_grey_images_for_one_channel(digit_tree):
+    model = ModelConfig(
+        model="metala_nano", img_size=32, in_chans=1,
+        model_kwargs={"embed_dim": 32, "num_heads": 1, "depth": 1},
+    )  # fmt: skip
+    data = DataConfig(data_dir=digit_tree, batch_size=4, workers=0, mean=(0.5,), std=(0.5,))
+    assert next(iter(loaders(data, model).val))[0].shape == (4, 1, 32, 32)
+
+
+def test_the_order_follows_the_seed(digit_tree):
+    def first_labels(seed):
+        data = DataConfig(data_dir=digit_tree, batch_size=36, workers=0)
+        return next(iter(loaders(data, seed=seed).train))[1].tolist()
+
+    assert first_labels(1) == first_labels(1) != first_labels(2)
+
+
+def test_an_incomplete_last_batch_is_dropped_in_training_only(digit_tree):
+    made = loaders(DataConfig(data_dir=digit_tree, batch_size=10, workers=0))
+    assert len(made.train) == 3 and sum(len(y) for _, y in made.val) == 12
+    tiny = loaders(DataConfig(data_dir=digit_tree, batch_size=100, workers=0))
+    assert len(tiny.train) == 1
+
+
+def test_normalisation_of_another_width_is_refused(digit_tree):
+    with pytest.raises(UserError, match=r"data\.mean has 2 values; 1 or in_chans=3"):
+        loaders(DataConfig(data_dir=digit_tree, mean=(0.1, 0.2), workers=0))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_is_named_in_one_line(own_digit_tree, workers):
+    bad = own_digit_tree / "val" / "digit1" / "13.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    made = loaders(DataConfig(data_dir=own_digit_tree, batch_size=4, workers=workers))
+    with pytest.raises(UserError) as error:
+        list(made.val)
+    assert error.value.line.startswith(f"cannot read image {bad}: ")
+    assert "\n" not in error.value.line

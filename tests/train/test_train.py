@@ -1,0 +1,198 @@
+"""Whole runs on real digits: what they learn and what they leave behind."""
+
+import json
+import math
+
+import pytest
+import timm
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from metala_vision.cli import main
+from metala_vision.config import Config, ModelConfig, OptimConfig, load_config
+from metala_vision.engine import evaluate, train_epoch
+from metala_vision.optim import create_optimizer, create_scheduler, peak_lr, run_length
+from metala_vision.train import create_model, train
+from tests.conftest import SMALL_MODEL
+
+
+def arguments(tree, run_dir, *extra):
+    return [
+        "train", "--data-dir", str(tree), "--run-dir", str(run_dir), *SMALL_MODEL,
+        "--batch-size", "12", "--workers", "0", "--epochs", "2", "--warmup-epochs", "1",
+        "--log-interval", "2", *extra,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished_run(digit_tree, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("run") / "first"
+    assert main(arguments(digit_tree, run_dir)) == 0
+    return run_dir
+
+
+def test_a_run_leaves_everything_that_the_folder_promises(finished_run):
+    config = load_config(str(finished_run / "config.yaml"))
+    assert config.optim.epochs == 2 and config.model.model == "metala_nano"
+    facts = json.loads((finished_run / "environment.json").read_text())
+    assert facts["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert {"commit", "command", "python", "cpu_cores"} <= set(facts)
+    with Image.open(finished_run / "curve.png") as picture:
+        assert picture.size == (1170, 468)
+    lines = [json.loads(x) for x in (finished_run / "metrics.jsonl").read_text().splitlines()]
+    evals = [x for x in lines if x["event"] == "eval"]
+    trains = [x for x in lines if x["event"] == "train"]
+    assert [x["epoch"] for x in evals] == [1, 2] and all(x["images"] == 12 for x in evals)
+    assert [x["step"] for x in trains] == [2, 3, 5, 6]
+    assert all(math.isfinite(x["loss"]) and x["img_per_s"] > 0 for x in trains)
+    left = {p.name for p in finished_run.iterdir()} - {"changes.patch"}
+    assert left == {
+        "config.yaml", "environment.json", "metrics.jsonl", "curve.png", "best", "last",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("which", ["best", "last"])
+def test_timm_loads_a_checkpoint_with_its_head_and_preprocessing(finished_run, which):
+    model = timm.create_model(f"local-dir:{finished_run / which}", pretrained=True).eval()
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 3)
+    assert model.pretrained_cfg["input_size"] == (3, 32, 32)
+    assert model.pretrained_cfg["label_names"] == ["digit0", "digit1", "digit2"]
+    state = torch.load(finished_run / which / "training_state.pt", weights_only=True)
+    assert {"epoch", "step", "optimizer", "scaler", "evaluation"} == set(state)
+
+
+def test_the_resolved_configuration_starts_the_same_run_again(finished_run, tmp_path):
+    def metrics(folder):
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        timed = ("seconds", "img_per_s")
+        return [{k: v for k, v in line.items() if k not in timed} for line in lines]
+
+    config = str(finished_run / "config.yaml")
+    assert main(["train", "--config", config, "--run-dir", str(tmp_path / "again")]) == 0
+    assert metrics(tmp_path / "again") == metrics(finished_run)
+
+
+def test_the_last_line_is_the_top1(digit_tree, tmp_path, capsys):
+    assert main(arguments(digit_tree, tmp_path / "run", "--epochs", "1")) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    evaluation = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last.startswith(f"top-1 {evaluation['top1']:.2f} % on 12 held-out images")
+
+
+def test_fresh_run_folders_do_not_collide(digit_tree, tmp_path):
+    flags = arguments(digit_tree, "x", "--max-steps", "1", "--output", str(tmp_path))
+    at = flags.index("--run-dir")
+    del flags[at : at + 2]
+    assert main(flags) == 0 and main(flags) == 0
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_best_is_the_best_and_last_the_last(digit_tree, tmp_path):
+    config = Config()
+    config.model = ModelConfig(
+        model="metala_nano", img_size=32,
+        model_kwargs={"embed_dim": 32, "depth": 1, "num_heads": 1},
+    )  # fmt: skip
+    config.data.data_dir, config.data.workers, config.data.batch_size = digit_tree, 0, 12
+    config.optim = OptimConfig(epochs=6, warmup_epochs=1, lr=3e-3)
+    config.run.run_dir = tmp_path / "run"
+    result = train(config)
+    lines = map(json.loads, (result.run_dir / "metrics.jsonl").read_text().splitlines())
+    top1 = [line["top1"] for line in lines if line["event"] == "eval"]
+    assert result.last.top1 == top1[-1] and result.best.top1 == max(top1)
+    states = {
+        name: torch.load(result.run_dir / name / "training_state.pt", weights_only=True)
+        for name in ("best", "last")
+    }
+    assert states["last"]["epoch"] == 6
+    assert states["best"]["epoch"] == result.best_epoch == top1.index(max(top1)) + 1
+
+
+def test_it_overfits_one_batch():
+    torch.manual_seed(0)
+    model = create_model(
+        ModelConfig(model="metala_nano", img_size=32, model_kwargs={"depth": 2}), 4
+    )
+    batch, target = torch.randn(16, 3, 32, 32), torch.arange(16) % 4
+    accelerator = Accelerator(cpu=True)
+    config = OptimConfig(epochs=40, warmup_epochs=4, lr=2e-3)
+    loader = torch.utils.data.DataLoader([(batch[i], target[i]) for i in range(16)], batch_size=16)
+    optimizer = create_optimizer(model, config, peak_lr(config, 16))
+    scheduler = create_scheduler(optimizer, config, 1)
+    step, losses = 0, []
+    for _ in range(40):
+        step = train_epoch(
+            model, loader, torch.nn.CrossEntropyLoss(), optimizer, scheduler, accelerator, config,
+            step, 40, 1, lambda n: None, lambda interval: losses.append(interval.loss),
+        )  # fmt: skip
+    assert step == 40 and losses[0] > 1.0 and losses[-1] < 0.02
+    assert evaluate(model, loader, accelerator).top1 == 100.0
+
+
+def test_bfloat16_trains(digit_tree, tmp_path):
+    flags = arguments(digit_tree, tmp_path / "run", "--mixed-precision", "bf16", "--epochs", "1")
+    assert main(flags) == 0
+
+
+def test_a_model_of_timm_trains_too(digit_tree, tmp_path):
+    flags = arguments(digit_tree, tmp_path / "run", "--max-steps", "1")
+    at = flags.index("--model")
+    flags[at : at + len(SMALL_MODEL)] = ["--model", "resnet10t"]
+    assert main(flags) == 0
+
+
+def test_evaluation_counts_each_image_once():
+    class Constant(torch.nn.Module):
+        def forward(self, x):
+            return torch.arange(6.0).expand(len(x), 6)
+
+    data = [(torch.zeros(1), label) for label in (5, 5, 4, 0, 0)]
+    loader = torch.utils.data.DataLoader(data, batch_size=2)
+    result = evaluate(Constant(), loader, Accelerator(cpu=True))
+    assert (result.top1, result.top5, result.images) == (40.0, 60.0, 5)
+    scores = torch.arange(6.0).log_softmax(0)
+    assert result.loss == pytest.approx(-(2 * scores[5] + scores[4] + 2 * scores[0]).item() / 5)
+
+
+def test_the_schedule_warms_up_and_ends_at_the_minimum():
+    config = OptimConfig(epochs=10, warmup_epochs=2, lr=1.0, warmup_lr=0.1, min_lr=0.01)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = create_scheduler(optimizer, config, 5)
+    lrs = []
+    for step in range(50):
+        scheduler.step_update(step)
+        lrs.append(optimizer.param_groups[0]["lr"])
+    assert lrs[0] == pytest.approx(0.1) and lrs[10] == pytest.approx(1.0)
+    assert lrs[:11] == sorted(lrs[:11]) and lrs[10:] == sorted(lrs[10:], reverse=True)
+    middle = 0.01 + 0.5 * 0.99 * (1 + math.cos(math.pi * 20 / 40))
+    assert lrs[30] == pytest.approx(middle) and lrs[-1] == pytest.approx(0.01, abs=2e-3)
+
+
+def test_length_and_learning_rate_rules():
+    assert run_length(OptimConfig(epochs=3), 7) == 21
+    assert run_length(OptimConfig(epochs=3, max_steps=5), 7) == 5
+    assert peak_lr(OptimConfig(lr_base=6e-4, lr_base_size=512), 2048) == pytest.approx(2.4e-3)
+    assert peak_lr(OptimConfig(lr=1e-3), 2048) == 1e-3
+
+
+def test_weight_decay_spares_vectors_and_what_the_model_excludes():
+    model = create_model(ModelConfig(model="metala_nano", model_kwargs={"depth": 1}), 5)
+    optimizer = create_optimizer(model, OptimConfig(), 1e-3)
+    decayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in decayed}
+    mixer = "blocks.0.mixer"
+    assert names == {
+        "patch_embed.proj.weight", f"{mixer}.conv.conv.weight", f"{mixer}.in_proj.weight",
+        f"{mixer}.out_proj.weight", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight",
+        "head.fc.weight",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["imagenet1k/metala_tiny", "imagenet1k/metala_small"])
+def test_the_papers_recipe(name):
+    """arXiv 2411.10741, appendix A4."""
+    optim = load_config(name).optim
+    assert peak_lr(optim, load_config(name).data.batch_size) == pytest.approx(2.4e-3)
+    assert (optim.opt, optim.betas, optim.weight_decay) == ("adamw", (0.9, 0.98), 0.05)
+    assert optim.epochs == 300 and load_config(name).data.batch_size == 2048
