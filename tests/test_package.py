@@ -53,3 +53,11 @@ def test_the_wheel_carries_licence_and_command(wheel):
             "metala-vision = metala_vision.cli:entry_point"
             in archive.read(info["entry_points.txt"]).decode()
         )
+
+
+def test_the_lowest_constraints_are_the_declared_lower_bounds():
+    project = (ROOT / "pyproject.toml").read_text()
+    listed = project.split("dependencies = [")[1].split("]")[0]
+    declared = {line.strip(' ",').replace(">=", "==") for line in listed.strip().splitlines()}
+    lowest = (ROOT / "constraints-lowest.txt").read_text().splitlines()
+    assert declared == {line for line in lowest if not line.startswith("#")}
