@@ -49,8 +49,8 @@ def gated_linear_attention(
         gate: raw logits [B, N, H, K], log alpha = logsigmoid(gate) / gate_divisor, computed in
             float32 (float64 for float64 q). [2, B, N, H, K] holds one gate for the forward and
             one for the backward pass. Meant for values in [-300, 80].
-        log_decay: log alpha itself, natural logarithm, finite and <= 0; the same shapes. At most
-            one of gate and log_decay; with neither, nothing decays.
+        log_decay: log alpha itself, natural logarithm, <= 0 (-inf forgets everything); the same
+            shapes. At most one of gate and log_decay; with neither, nothing decays.
         gate_divisor: tau of MetaLA, > 0.
         scale: factor of the output; None is K^-0.5.
         direction: "forward", "backward" or "bidirectional".
@@ -93,7 +93,8 @@ def gated_linear_attention_op(
     """`gated_linear_attention` for a layer: scriptable, arguments by position, not validated.
 
     A script compiles the portable form in; eager Python chooses by device. The explicit `else` is
-    what keeps the choice out of the script.
+    what keeps the choice out of the script. Eager Python also leaves autocast for the operator; a
+    script cannot, and loses precision (4e-3 relative) if it runs under autocast.
     """
     if torch.jit.is_scripting():
         o, _ = chunked(q, v, k, gate, log_decay, gate_divisor, scale, direction, order, None, False)
@@ -124,7 +125,7 @@ def _run(
         output_final_state,
     )  # fmt: skip
     device_type = q.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         # Autocast would take the float32 exponents through a 16-bit product.
         with torch.autocast(device_type, enabled=False):
             return form(*arguments)
@@ -192,8 +193,15 @@ def _validate(
             raise ValueError(
                 f"{name} needs a contiguous last dimension, got strides {list(x.stride())}"
             )
+    if log_decay is not None and _values_are_at_hand(log_decay) and (log_decay > 0).any():
+        raise ValueError(f"log_decay must be <= 0, got {log_decay.max().item()}")
     if order is not None:
         _validate_order(order, q)
+
+
+def _values_are_at_hand(x: Tensor) -> bool:
+    """Whether values can be looked at without a wait: not on a GPU, not while tracing."""
+    return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _validate_order(order: Tensor, q: Tensor) -> None:
@@ -204,11 +212,11 @@ def _validate_order(order: Tensor, q: Tensor) -> None:
         raise ValueError(f"order must be int32 or int64, got {order.dtype}")
     if order.device != q.device:
         raise ValueError(f"order is on {order.device}, q on {q.device}; one device is needed")
-    # The values are looked at where that is free: not on a GPU, not while tracing.
-    if type(order) is Tensor and order.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _values_are_at_hand(order):
         tokens = torch.arange(N, dtype=order.dtype).expand(order.shape)
         if not torch.equal(order.sort(dim=-1).values, tokens):
-            raise ValueError(f"order must hold each of 0 ... {N - 1} once, got {order.tolist()}")
+            first = order.flatten()[:8].tolist()
+            raise ValueError(f"order must hold each of 0 ... {N - 1} once, starts with {first}")
 
 
 def _validate_state(

@@ -70,25 +70,25 @@ def pair_tables(
 
 
 def states_before(
-    S: Tensor, decay: Tensor, initial_state: Tensor | None, reverse: bool
+    added: Tensor, decay: Tensor, initial_state: Tensor | None, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     """State that enters each chunk and the state that leaves the last one, by doubling.
 
-    S [B*H, NC, K, V]: what each chunk adds. decay [B*H, NC, K, 1]: what it leaves of the state
-    before it. `reverse` runs from the last chunk to the first.
+    added [B*H, NC, K, V]: by each chunk to the state. decay [B*H, NC, K, 1]: what it leaves of the
+    state before it. `reverse` runs from the last chunk to the first.
     """
     if reverse:
-        S, decay = S.flip(1), decay.flip(1)
-    NC = S.shape[1]
-    first = torch.zeros_like(S[:, :1]) if initial_state is None else initial_state.unsqueeze(1)
-    state = torch.cat([first, S[:, : NC - 1]], 1)
+        added, decay = added.flip(1), decay.flip(1)
+    NC = added.shape[1]
+    first = torch.zeros_like(added[:, :1]) if initial_state is None else initial_state.unsqueeze(1)
+    state = torch.cat([first, added[:, : NC - 1]], 1)
     left = torch.cat([torch.ones_like(decay[:, :1]), decay[:, : NC - 1]], 1)
     s = 1
     while s < NC:
         state = torch.cat([state[:, :s], state[:, s:] + left[:, s:] * state[:, : NC - s]], 1)
         left = torch.cat([left[:, :s], left[:, s:] * left[:, : NC - s]], 1)
         s *= 2
-    last = decay[:, NC - 1] * state[:, NC - 1] + S[:, NC - 1]
+    last = decay[:, NC - 1] * state[:, NC - 1] + added[:, NC - 1]
     return state.flip(1) if reverse else state, last
 
 
@@ -134,6 +134,8 @@ def chunked(
         log_alpha, alpha, key = decay_and_key(gate.to(dtype), gate_divisor)
     else:
         log_alpha = torch.zeros_like(q) if log_decay is None else log_decay.to(dtype)
+        # exp(-1e4) is 0 in float64 too: changes no value, keeps -inf out of sums with 0 * -inf
+        log_alpha = log_alpha.clamp_min(-1e4)
         alpha, key = _decay_and_key_of_log(log_alpha)
     if k is not None:
         key = k.to(dtype)
@@ -176,12 +178,12 @@ def chunked(
     if NC > 1 or initial is not None or output_final_state:
         chunk_decay = log_alpha.sum(3).exp().unsqueeze(4)  # [D, B*H, NC, K, 1]
         if direction != "backward":
-            S = torch.matmul(k_after[0].squeeze(2).transpose(2, 3), v)
-            state, last = states_before(S, chunk_decay[0], initial, False)
+            added = torch.matmul(k_after[0].squeeze(2).transpose(2, 3), v)
+            state, last = states_before(added, chunk_decay[0], initial, False)
             o = o + torch.matmul(q_before[0].squeeze(2), state)
         if direction != "forward":
-            S = torch.matmul(k_before[D - 1].squeeze(2).transpose(2, 3), v)
-            state, last = states_before(S, chunk_decay[D - 1], initial, True)
+            added = torch.matmul(k_before[D - 1].squeeze(2).transpose(2, 3), v)
+            state, last = states_before(added, chunk_decay[D - 1], initial, True)
             o = o + torch.matmul(q_after[D - 1].squeeze(2), state)
 
     o = o.reshape(B, H, NC * L, V)[:, :, :N].transpose(1, 2)

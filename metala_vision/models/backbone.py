@@ -187,6 +187,8 @@ class Backbone(nn.Module):
         """A new classifier on the model's device and dtype; the pooling is kept if None."""
         if global_pool is not None:
             check_pool(global_pool)
+        if num_classes < 0:
+            raise ValueError(f"num_classes must be >= 0, got {num_classes}")
         self.num_classes = num_classes
         dd: dict[str, Any] = get_device_dtype(self)
         self.head.reset(num_classes, pool_type=global_pool, **dd)

@@ -81,7 +81,7 @@ _PAPER = {"conv": "causal1d", "direction": "forward"}
 
 @register_model
 def metala_nano(pretrained: bool = False, **kwargs) -> MetaLA:
-    """1.8M parameters at 1000 classes, for 64-pixel images in patches of 8."""
+    """1.9M parameters at 1000 classes, for 64-pixel images in patches of 8."""
     return _create_metala("metala_nano", pretrained, **{**_NANO, **kwargs})
 
 

@@ -205,6 +205,29 @@ def test_any_shape_and_stride(n, k, v, heads, seed, strided, direction):
     assert relative_rms(ours, truth) <= 1e-12
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_log_decay_of_minus_infinity_forgets_everything(direction):
+    q, v, k = normal(1, 70, H, K, seed=1), normal(1, 70, H, V, seed=2), normal(1, 70, H, K, seed=3)
+    log_decay = -normal(1, 70, H, K).abs()
+    log_decay[:, 40] = -torch.inf
+    inputs = {"q": q, "v": v, "k": k, "log_decay": log_decay}
+    weight = normal(1, 70, H, V, seed=9)
+    truth = with_gradients(inputs, weight, "reference", direction=direction)
+    ours = with_gradients(inputs, weight, "chunked", direction=direction)
+    for name, value in ours.items():
+        if name == "log_decay":  # the reference's own is 0 * inf there
+            value[:, 40] = truth[name][:, 40] = 0
+        assert relative_rms(value, truth[name]) <= 1e-12, name
+
+
+def test_compiles_without_a_graph_break():
+    q, v, gate = (normal(B, 70, H, e, seed=e, dtype=torch.float32) for e in (K, V, K))
+    compiled = torch.compile(gated_linear_attention, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, v, gate=gate), gated_linear_attention(q, v, gate=gate))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(compiled(q, v, gate=gate), gated_linear_attention(q, v, gate=gate))
+
+
 def test_autocast_leaves_the_exponents_alone():
     q, v, gate = (normal(B, 64, H, e, seed=e, dtype=torch.float32) for e in (K, V, K))
     outside = gated_linear_attention(q, v, gate=gate)

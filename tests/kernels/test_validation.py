@@ -37,6 +37,10 @@ def test_the_unchanged_call_works():
         ),
         ({"log_decay": torch.zeros(B, N, H, K)}, "gate or log_decay, not both"),
         ({"gate": None}, "k=None stands for 1 - alpha and needs gate or log_decay"),
+        (
+            {"gate": None, "log_decay": torch.full((B, N, H, K), 0.5)},
+            r"log_decay must be <= 0, got 0\.5",
+        ),
         ({"gate_divisor": 0.0}, r"gate_divisor must be > 0, got 0\.0"),
         ({"direction": "both"}, "direction='both' is unknown; accepted: forward, backward"),
         ({"impl": "cuda"}, "impl='cuda' is unknown; accepted: auto, triton"),
@@ -50,7 +54,10 @@ def test_the_unchanged_call_works():
         ({"gate": torch.zeros(B, N, H, K, device="meta")}, "gate is on meta, q on cpu"),
         ({"order": torch.arange(N - 1)}, r"order must be \[6\] or \[2, 6\], got shape \[5\]"),
         ({"order": torch.arange(N).float()}, "order must be int32 or int64"),
-        ({"order": torch.zeros(N).int()}, r"order must hold each of 0 \.\.\. 5 once, got \[0, 0"),
+        (
+            {"order": torch.zeros(N).int()},
+            r"order must hold each of 0 \.\.\. 5 once, starts with \[0, 0",
+        ),
         ({"output_final_state": True}, "need direction='forward' or 'backward'"),
         ({"initial_state": torch.zeros(B, H, K, V)}, "need direction='forward' or 'backward'"),
         (

@@ -1,5 +1,8 @@
 """timm's surface on every model that this package registers."""
 
+import subprocess
+import sys
+
 import pytest
 import timm
 import torch
@@ -130,7 +133,10 @@ def test_gradient_checkpointing_changes_memory_only():
     plain = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     model.set_grad_checkpointing()
+    calls = []
+    model.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
     model(x).sum().backward()
+    assert len(calls) == 2  # once forward, once again for the backward pass
     for p, expected in zip(model.parameters(), plain, strict=True):
         torch.testing.assert_close(p.grad, expected)
 
@@ -166,12 +172,42 @@ def test_deferred_initialisation_fills_every_tensor():
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-def test_the_decay_starts_where_the_paper_puts_it():
-    """alpha = sigmoid(0)^(1/16) = 0.958 where the gate's logits start near 0."""
+def test_weights_start_with_a_deviation_of_0_02():
+    """Then the logits of the gate are near 0 and alpha near 0.5^(1/16) = 0.958."""
     model = small()
-    weight = model.blocks[0].mixer.in_proj.weight
-    assert 0.015 < weight.std() < 0.025
-    assert 0.5 ** (1 / model.blocks[0].mixer.gate_divisor) == pytest.approx(0.958, abs=5e-4)
+    for weight in (model.blocks[0].mixer.in_proj.weight, model.head.fc.weight):
+        assert 0.015 < weight.std() < 0.025
+    assert not model.head.fc.bias.any() and not model.blocks[1].mixer.w_aug.any()
+
+
+@pytest.mark.parametrize("name", ["metala_nano", "metala_tiny_paper"])
+def test_compiles_without_a_graph_break(name):
+    model = timm.create_model(name, depth=2, num_classes=3)
+    x = torch.randn(2, 3, 64, 64)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected = model(x)
+    actual = compiled(x)
+    actual.sum().backward()
+    torch.testing.assert_close(actual, expected)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_saved_script_runs_without_the_package(tmp_path):
+    model = small().eval()
+    x = torch.randn(1, 3, 64, 64)
+    torch.jit.script(model).save(str(tmp_path / "model.pt"))
+    torch.save((x, model(x).detach()), tmp_path / "pair.pt")
+    code = (
+        "import sys, warnings, torch; warnings.simplefilter('ignore')\n"
+        "x, expected = torch.load('pair.pt')\n"
+        "assert torch.equal(torch.jit.load('model.pt')(x), expected)\n"
+        "assert not any(name.startswith(('metala_vision', 'timm')) for name in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
@@ -223,4 +259,6 @@ def test_reset_classifier_refuses_an_unknown_pool():
     model = small()
     with pytest.raises(ValueError, match="global_pool='median'"):
         model.reset_classifier(3, "median")
+    with pytest.raises(ValueError, match="num_classes must be >= 0, got -1"):
+        model.reset_classifier(-1)
     assert isinstance(model, Backbone) and model.num_classes == 5
