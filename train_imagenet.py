@@ -1,6 +1,6 @@
 """Train a vision backbone on ImageNet-1k, or on any folder of images.
 
-A minute on a CPU:      python train_imagenet.py --config quickstart
+Two minutes on a CPU:   python train_imagenet.py --config quickstart
 One GPU:                python train_imagenet.py --config imagenet1k/metala_tiny --data-dir DIR
 Any folder of images:   python train_imagenet.py --data-dir DIR --model metala_tiny --epochs 90
 
@@ -10,7 +10,9 @@ each is a flag. The same as `metala-vision train`; the code is in metala_vision/
 
 import sys
 
-from metala_vision.cli import main
-
 if __name__ == "__main__":
+    try:
+        from metala_vision.cli import main
+    except KeyboardInterrupt:  # the imports take seconds
+        sys.exit(130)
     sys.exit(main(prog="train_imagenet.py", command="train"))

@@ -1,13 +1,15 @@
 """Checkpoints: a folder that timm loads, with the state that training needs beside it."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import nn
+
+from .errors import UserError, one_line
 
 MODEL_FILE = "model.safetensors"
 STATE_FILE = "training_state.pt"
@@ -29,34 +31,37 @@ def save_checkpoint(
         state: tensors, numbers, strings and containers of them; read back with weights_only.
         preprocessing: of the evaluation, in timm's words.
         label_names: of the classifier's outputs.
+    Raises:
+        UserError: where it cannot be written (a full disk); the checkpoint before it is kept.
     """
     fresh = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    save_for_hf(
-        model,
-        str(fresh),
-        model_config={"label_names": label_names},
-        data_config=preprocessing,
-        safe_serialization=True,
-    )
-    torch.save(state, fresh / STATE_FILE)
-    _replace(fresh, folder)
+    try:
+        fresh.mkdir(parents=True)
+        save_for_hf(
+            model,
+            str(fresh),
+            model_config={"label_names": label_names},
+            data_config=preprocessing,
+            safe_serialization=True,
+        )
+        torch.save(state, fresh / STATE_FILE)
+        _replace(fresh, folder)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise UserError(f"cannot write checkpoint {folder}: {one_line(error)}") from error
 
 
 def copy_checkpoint(source: Path, folder: Path) -> None:
-    """Make `folder` a copy of `source`, replaced as a whole; files are linked where possible."""
+    """Make `folder` a copy of `source`, replaced as a whole."""
     fresh = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
-    shutil.copytree(source, fresh, copy_function=_link_or_copy)
-    _replace(fresh, folder)
-
-
-def _link_or_copy(source: str, target: str) -> None:
     try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+        shutil.copytree(source, fresh)
+        _replace(fresh, folder)
+    except (OSError, shutil.Error) as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise UserError(f"cannot write checkpoint {folder}: {one_line(error)}") from error
 
 
 def _replace(fresh: Path, folder: Path) -> None:

@@ -9,7 +9,7 @@ import yaml
 
 from ._version import __version__
 from .config import SECTIONS, Config, load_config, nearest, shipped_configs
-from .errors import UserError
+from .errors import UserError, one_line
 
 COMMANDS = {"train": "train a model on a folder of images"}
 
@@ -126,20 +126,17 @@ def _takes_many(annotation: Any) -> bool:
 
 
 def _value(key: str, text: str | list[str]) -> Any:
-    """What was typed, read as YAML reads it in a file."""
+    """What was typed: as it stands, for the schema to convert; "null" is None.
+
+    The values of --model-kwargs have no schema and are read as YAML.
+    """
     if key == "model_kwargs":
         pairs = [item.partition("=") for item in text]
         for name, equals, _ in pairs:
             if not equals:
                 raise UserError(f"--model-kwargs takes key=value, got {name!r}")
-        return {name: _scalar(value) for name, _, value in pairs}
-    if isinstance(text, list):
-        return [_scalar(item) for item in text]
-    return _scalar(text)
-
-
-def _scalar(text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
+        try:
+            return {name: yaml.safe_load(value) for name, _, value in pairs}
+        except yaml.YAMLError as error:
+            raise UserError(f"--model-kwargs: {one_line(error)}") from error
+    return None if text in ("null", ["null"]) else text

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -19,14 +20,32 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    model_validator,
 )
 
-from .errors import UserError
+from .errors import UserError, one_line
 
 # The files that ship with the package, also as configs/ at the root of a checkout.
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 
+
+def _range(pair: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < pair[0] <= pair[1]:
+        raise ValueError("a range needs 0 < low <= high")
+    return pair
+
+
+def _channels(number: int) -> int:
+    if number not in (1, 3):
+        raise ValueError("1 (grey) and 3 (colour) are accepted")
+    return number
+
+
+Channels = Annotated[int, AfterValidator(_channels)]
+UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
+Range = Annotated[tuple[float, float], AfterValidator(_range)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 CropShare = Annotated[float, Field(gt=0, le=1)]
@@ -36,8 +55,27 @@ class Section(BaseModel):
     """Base of the sections: unknown keys are refused, docstrings become the help."""
 
     model_config = ConfigDict(
-        extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
+        extra="forbid",
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_boolean_for_another_type(cls, values: Any) -> Any:
+        """YAML reads `no` as false: right for mixed_precision, a mistake for a number or a name."""
+        if not isinstance(values, dict):
+            return values
+        for key, value in values.items():
+            field = cls.model_fields.get(key)
+            if field is None or field.annotation is bool or not isinstance(value, bool):
+                continue
+            if key == "mixed_precision" and value is False:
+                values = {**values, key: "no"}
+            else:
+                raise ValueError(f"{key} takes no {value} (YAML reads yes, no, on, off as that)")
+        return values
 
 
 class ModelConfig(Section):
@@ -49,12 +87,12 @@ class ModelConfig(Section):
     """Side of the images; null is the model's own."""
     patch_size: PositiveInt | None = None
     """Side of a patch; null is the model's own."""
-    in_chans: Literal[1, 3] = 3
+    in_chans: Channels = 3
     """Channels of the images: 3 colour, 1 grey."""
     num_classes: PositiveInt | None = None
     """Classifier outputs; null counts the classes of the data."""
-    drop_path_rate: Rate = 0.0
-    """Stochastic depth at the last block."""
+    drop_path_rate: Rate | None = None
+    """Stochastic depth at the last block; null is the model's own."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     model_kwargs: dict[str, Any] = {}
@@ -66,17 +104,19 @@ class DataConfig(Section):
 
     dataset: Literal["folder", "digits"] = "folder"
     """folder: class folders under data_dir; digits: scikit-learn's 1,797 handwritten digits."""
-    data_dir: Path | None = None
+    data_dir: UserPath | None = None
     """Holds train/ and val/, each with one folder per class; default $METALA_VISION_DATA."""
     val_fraction: Share | None = None
     """Hold out this fraction of each class where there is no val/."""
+    split_seed: Seed = 0
+    """Draws the held-out part; another seed of the run leaves it as it is."""
     batch_size: PositiveInt = 256
     """Images per step and process."""
     workers: NonNegativeInt = 4
     """Processes that decode images; 0 decodes in the training process."""
-    scale: tuple[float, float] = (0.08, 1.0)
+    scale: Range = (0.08, 1.0)
     """Area range of the random resized crop."""
-    ratio: tuple[float, float] = (0.75, 4 / 3)
+    ratio: Range = (0.75, 4 / 3)
     """Aspect range of the random resized crop."""
     hflip: Probability = 0.5
     """Probability of a horizontal flip."""
@@ -92,7 +132,7 @@ class DataConfig(Section):
     """Centre crop of the evaluation; null is the model's own."""
     mean: tuple[float, ...] | None = None
     """Normalisation; null is the model's own."""
-    std: tuple[float, ...] | None = None
+    std: tuple[PositiveFloat, ...] | None = None
     """Normalisation; null is the model's own."""
 
 
@@ -107,8 +147,8 @@ class OptimConfig(Section):
     """Learning rate at a batch of lr_base_size."""
     lr_base_size: PositiveInt = 512
     """Batch that lr_base belongs to."""
-    betas: tuple[float, float] = (0.9, 0.98)
-    """AdamW's momenta."""
+    betas: tuple[Rate, Rate] = (0.9, 0.98)
+    """Momenta, for optimizers that have two."""
     weight_decay: NonNegativeFloat = 0.05
     """Not on biases, norms and what the model excludes."""
     clip_grad: PositiveFloat | None = None
@@ -121,20 +161,20 @@ class OptimConfig(Section):
     """Shorter run: stop, and end the cosine, after this many steps."""
     warmup_epochs: NonNegativeFloat = 5
     """Linear warm-up, part of the run's length."""
-    warmup_lr: NonNegativeFloat = 1e-6
+    warmup_lr: NonNegativeFloat = 0.0
     """Learning rate at the first step of the warm-up."""
-    min_lr: NonNegativeFloat = 1e-5
+    min_lr: NonNegativeFloat = 0.0
     """Learning rate at the end."""
 
 
 class RunConfig(Section):
     """Where the run is kept and how it is executed."""
 
-    output: Path = Path("runs")
+    output: UserPath = Path("runs")
     """Folder under which a new run folder is made."""
-    run_dir: Path | None = None
-    """This run's folder instead; it must not hold a run yet."""
-    seed: NonNegativeInt = 0
+    run_dir: UserPath | None = None
+    """This run's folder instead; it must be new or empty."""
+    seed: Seed = 0
     """Of weights, order and augmentation."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Type of the products; fp16 needs a GPU."""
@@ -192,26 +232,30 @@ def load_config(
         UserError: for a file that is no YAML mapping, an unknown key or an unfit value.
     """
     values: dict[str, Any] = {}
-    source = "the command line"
+    path = None
     if name is not None:
         path = find_config(name)
-        source = str(path)
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+            raise UserError(f"cannot read {path}: {one_line(error)}") from error
         if not isinstance(values, dict):
             raise UserError(
                 f"{path} must be a mapping of {', '.join(SECTIONS)}, got {values!r:.80}"
             )
-    for section, keys in (overrides or {}).items():
+        values = {key: {} if value is None else value for key, value in values.items()}
+    overrides = overrides or {}
+    for section, keys in overrides.items():
         given = values.setdefault(section, {})
         if isinstance(given, dict):
             given.update(keys)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{source}: {_explain(error)}") from error
+        section, *rest = error.errors()[0]["loc"]
+        typed = path is None or (rest and rest[0] in overrides.get(str(section), {}))
+        source = "" if typed else f"{path}: "
+        raise UserError(f"{source}{one_line(_explain(error))}") from error
 
 
 def nearest(word: str, words: list[str]) -> str:
@@ -225,7 +269,8 @@ def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] != "extra_forbidden":
-        return f"{where}={first['input']!r} does not fit: {first['msg']}"
+        value = "" if isinstance(first["input"], dict) else f"={first['input']!r}"
+        return f"{where}{value} does not fit: {first['msg'].removeprefix('Value error, ')}"
     key = str(first["loc"][-1])
     if len(first["loc"]) == 1:
         homes = {k: s for s, section in SECTIONS.items() for k in section.model_fields}

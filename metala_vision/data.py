@@ -1,6 +1,6 @@
-"""Images for training and evaluation: folders of classes or scikit-learn's digits, through timm.
+"""Images for training and evaluation: folders of classes, or scikit-learn's digits.
 
-timm reads the folders and builds the transforms; here is what decides which images are whose.
+timm builds the transforms; here is what decides which images are whose.
 """
 
 import os
@@ -16,15 +16,16 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data import create_transform, resolve_data_config
-from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from .config import DataConfig, ModelConfig
-from .errors import UserError
+from .errors import UserError, one_line
 
 DATA_VARIABLE = "METALA_VISION_DATA"
 VAL_NAMES = ("val", "validation")
+_ENDINGS = f"endings read: {' '.join(IMG_EXTENSIONS)}"
 
 
 class Source(Protocol):
@@ -39,31 +40,42 @@ class Source(Protocol):
 
 
 class FolderSource:
-    """A tree of class folders, read by timm.
+    """A tree of class folders: root/CLASS/.../image, hidden folders left out.
+
+    The class is the first folder, as in torchvision's ImageFolder (timm's reader takes the last).
 
     Args:
         root: holds one folder per class.
-        classes: names that define the labels; None takes the folders in their natural order.
+        classes: names that define the labels; None takes the folders in alphabetical order.
+    Raises:
+        UserError: no class folder, no image, a class without an image, or one not in `classes`.
     """
 
     def __init__(self, root: Path, classes: list[str] | None = None) -> None:
-        class_map: Any = {name: i for i, name in enumerate(classes)} if classes else ""
-        try:
-            self.reader = ReaderImageFolder(str(root), class_map)
-        except RuntimeError as error:
-            raise UserError(f"no images in the class folders of {root}: {error}") from error
-        self.classes = list(self.reader.class_to_idx)
-        self.targets = [target for _, target in self.reader.samples]
+        folders = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != ".")
+        if not folders:
+            raise UserError(f"{root} has no class folders")
+        unknown = sorted(set(folders) - set(classes or folders))
+        if unknown:
+            raise UserError(f"{root} has class {unknown[0]!r}, which the training images lack")
+        self.classes = classes or folders
+        labels = {name: i for i, name in enumerate(self.classes)}
+        self.samples = make_dataset(str(root), labels, IMG_EXTENSIONS, allow_empty=True)
+        self.targets = [label for _, label in self.samples]
+        if not self.samples:
+            raise UserError(f"no images in the class folders of {root}; {_ENDINGS}")
+        missing = sorted(set(range(len(folders))) - set(self.targets)) if classes is None else []
+        if missing:
+            raise UserError(f"no image in class folder {root / folders[missing[0]]}; {_ENDINGS}")
 
     def image(self, index: int) -> Image.Image:
+        path, _ = self.samples[index]
         try:
-            file, _ = self.reader[index]
-            with file, Image.open(file) as image:
+            with Image.open(path) as image:
                 image.load()
                 return image
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            path = self.reader.filename(index, absolute=True)
-            raise UserError(f"cannot read image {path}: {' '.join(str(error).split())}") from error
+            raise UserError(f"cannot read image {path}: {one_line(error)}") from error
 
 
 class DigitsSource:
@@ -95,14 +107,22 @@ class ImageData(Dataset):
 
     def __getitem__(self, position: int) -> tuple[Tensor, int]:
         index = self.indices[position]
-        image = self.source.image(index).convert(self.mode)
+        image = convert(self.source.image(index), self.mode)
         return self.transform(image), self.source.targets[index]
+
+
+def convert(image: Image.Image, mode: str) -> Image.Image:
+    """The image as "RGB" or "L"; 16-bit grey is scaled, where Pillow would cut it off at 255."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+    return image.convert(mode)
 
 
 @dataclass
 class Split:
-    """Where the training and the held-out images come from."""
+    """Where the training and the held-out images come from; `root` is None for the digits."""
 
+    root: Path | None
     train: Source
     train_indices: Sequence[int]
     val: Source
@@ -113,15 +133,21 @@ class Split:
         return len(self.train.classes)
 
 
-def find_split(config: DataConfig, seed: int) -> Split:
+def find_split(config: DataConfig) -> Split:
     """Locate the images and decide which are held out.
 
     Raises:
         UserError: a missing or empty folder, a single class, no held-out images, a class that
             only the held-out part has.
     """
+    seed = config.split_seed
     if config.dataset == "digits":
-        return _hold_out(DigitsSource(), config.val_fraction or 0.2, seed, "the digits")
+        if config.data_dir is not None:
+            raise UserError(
+                f"data.dataset='digits' takes no data folder, got {config.data_dir}; "
+                "for a folder give --dataset folder"
+            )
+        return _hold_out(None, DigitsSource(), config.val_fraction or 0.2, seed, "the digits")
     root = _data_root(config)
     train_dir = root / "train"
     val_dir = next((root / name for name in VAL_NAMES if (root / name).is_dir()), None)
@@ -136,18 +162,15 @@ def find_split(config: DataConfig, seed: int) -> Split:
                 "to hold out part of one tree of class folders give --val-fraction 0.1"
             )
         tree = train_dir if train_dir.is_dir() else root
-        return _hold_out(FolderSource(tree), config.val_fraction, seed, str(tree))
+        return _hold_out(root, FolderSource(tree), config.val_fraction, seed, str(tree))
     if config.val_fraction is not None:
         raise UserError(
             f"val_fraction={config.val_fraction} was given, but {val_dir} exists; drop one"
         )
     train = FolderSource(train_dir)
     _check_classes(train, str(train_dir))
-    unknown = sorted({p.name for p in val_dir.iterdir() if p.is_dir()} - set(train.classes))
-    if unknown:
-        raise UserError(f"{val_dir} has class {unknown[0]!r}, which {train_dir} lacks")
     val = FolderSource(val_dir, train.classes)
-    return Split(train, range(len(train.targets)), val, range(len(val.targets)))
+    return Split(root, train, range(len(train.targets)), val, range(len(val.targets)))
 
 
 def _data_root(config: DataConfig) -> Path:
@@ -172,9 +195,15 @@ def _check_classes(source: Source, where: str) -> None:
         )
 
 
-def _hold_out(source: Source, fraction: float, seed: int, where: str) -> Split:
+def _hold_out(root: Path | None, source: Source, fraction: float, seed: int, where: str) -> Split:
     """The same fraction of each class, drawn with the seed."""
     _check_classes(source, where)
+    sizes = np.bincount(source.targets, minlength=len(source.classes))
+    if sizes.min() < 2:
+        name = source.classes[int(sizes.argmin())]
+        raise UserError(
+            f"cannot hold out {fraction} of each class of {where}: class {name!r} has one image"
+        )
     try:
         parts: Any = train_test_split(
             range(len(source.targets)),
@@ -183,8 +212,10 @@ def _hold_out(source: Source, fraction: float, seed: int, where: str) -> Split:
             stratify=source.targets,
         )
     except ValueError as error:
-        raise UserError(f"cannot hold out {fraction} of each class of {where}: {error}") from error
-    return Split(source, parts[0], source, parts[1])
+        raise UserError(
+            f"cannot hold out {fraction} of each class of {where}: {one_line(error)}"
+        ) from error
+    return Split(root, source, parts[0], source, parts[1])
 
 
 @dataclass
@@ -238,7 +269,8 @@ def create_loaders(
         )
     except (AssertionError, ValueError) as error:
         raise UserError(
-            f"data.auto_augment={config.auto_augment!r} does not fit: {error}"
+            f"cannot build the augmentation (data.auto_augment={config.auto_augment!r}): "
+            f"{one_line(error)}"
         ) from error
     val_transform: Any = create_transform(
         input_size,

@@ -1,6 +1,11 @@
 """What goes wrong by a user's mistake, as one clear line."""
 
 
+def one_line(text: object) -> str:
+    """Any message with its line breaks and runs of blanks as single blanks."""
+    return " ".join(str(text).split())
+
+
 class UserError(Exception):
     """A mistake that the user can mend. The message is one line: the value, and what is accepted.
 
@@ -10,5 +15,8 @@ class UserError(Exception):
     @property
     def line(self) -> str:
         """The message as one line, also when a data worker has wrapped it in its traceback."""
-        last = str(self).strip().splitlines()[-1]
-        return last.removeprefix(f"{type(self).__module__}.{type(self).__qualname__}: ")
+        text = str(self).strip()
+        if "Original Traceback" in text:
+            name = f"{type(self).__module__}.{type(self).__qualname__}: "
+            text = text.rpartition(name)[2]
+        return one_line(text)

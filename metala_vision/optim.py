@@ -4,12 +4,12 @@ import math
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import nn
 
 from .config import OptimConfig, nearest
-from .errors import UserError
+from .errors import UserError, one_line
 
 
 def peak_lr(config: OptimConfig, global_batch: int) -> float:
@@ -22,12 +22,19 @@ def create_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> torch.
     names = [str(name) for name in list_optimizers()]
     if config.opt not in names:
         raise UserError(f"unknown optimizer optim.opt={config.opt!r}{nearest(config.opt, names)}")
-    extra: dict[str, Any] = (
-        {"betas": config.betas} if "adam" in config.opt or "lamb" in config.opt else {}
-    )
-    return create_optimizer_v2(
-        model, opt=config.opt, lr=lr, weight_decay=config.weight_decay, **extra
-    )
+    extra: dict[str, Any] = {}
+    info = get_optimizer_info(config.opt)
+    if info.has_betas and info.num_betas == 2:
+        extra["betas"] = config.betas
+    try:
+        optimizer = create_optimizer_v2(
+            model, opt=config.opt, lr=lr, weight_decay=config.weight_decay, **extra
+        )
+    except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"cannot make optimizer {config.opt!r}: {one_line(error)}") from error
+    if getattr(optimizer, "is_second_order", False):
+        raise UserError(f"optim.opt={config.opt!r} needs second derivatives; choose another")
+    return optimizer
 
 
 def run_length(config: OptimConfig, steps_per_epoch: int) -> int:
@@ -43,6 +50,12 @@ def create_scheduler(
 
     A run shortened below twice its warm-up warms up for its first half.
     """
+    lr = max(group["lr"] for group in optimizer.param_groups)
+    for name in ("min_lr", "warmup_lr"):
+        if getattr(config, name) > lr:
+            raise UserError(
+                f"optim.{name}={getattr(config, name)} exceeds the peak learning rate {lr:.3g}"
+            )
     total = run_length(config, steps_per_epoch)
     warmup = min(math.ceil(config.warmup_epochs * steps_per_epoch), total // 2)
     return CosineLRScheduler(

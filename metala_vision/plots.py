@@ -5,6 +5,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from .errors import UserError
+
 
 def learning_curve(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
     """Loss and accuracy over the optimizer steps, from the lines of metrics.jsonl, as a PNG."""
@@ -37,4 +39,7 @@ def learning_curve(metrics: list[dict[str, Any]], title: str, path: Path) -> Non
     for axis in (loss_axis, accuracy_axis):
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
-    figure.savefig(path, dpi=130)
+    try:
+        figure.savefig(path, dpi=130)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error

@@ -8,7 +8,9 @@ curve.png          loss and accuracy over the steps
 best/, last/       checkpoints
 """
 
+import errno
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -38,28 +40,36 @@ class RunFolder:
         config: the resolved configuration; run.run_dir names the folder, else a fresh one is made
             under run.output from `name` and the time.
     Raises:
-        UserError: where it cannot be written or holds a run already.
+        UserError: where it cannot be written or is not empty.
     """
 
     def __init__(self, config: Config, name: str) -> None:
-        self.path = config.run.run_dir or _fresh_folder(config.run.output, name)
-        if (self.path / METRICS_FILE).exists():
-            raise UserError(f"{self.path} holds a run already; name another --run-dir")
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.path = config.run.run_dir or _fresh_folder(config.run.output, name)
+            _make_folder(self.path)
+            held = sorted(p.name for p in self.path.iterdir())
+            if held:
+                raise UserError(
+                    f"{self.path} is not empty, it holds {held[0]}; name a new --run-dir"
+                )
             resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
             (self.path / "config.yaml").write_text(resolved, encoding="utf-8")
             describe_environment(self.path)
             self.metrics = (self.path / METRICS_FILE).open("w", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"cannot write the run folder {self.path}: {error.strerror}") from error
+            where = config.run.run_dir or config.run.output
+            raise UserError(f"cannot write the run folder {where}: {error.strerror}") from error
         self.start = time.perf_counter()
 
     def log(self, event: str, **values: Any) -> None:
         """Append a line to metrics.jsonl; `seconds` counts from the start of the run."""
         seconds = round(time.perf_counter() - self.start, 3)
-        self.metrics.write(json.dumps({"event": event, **values, "seconds": seconds}) + "\n")
-        self.metrics.flush()
+        line = json.dumps({"event": event, **values, "seconds": seconds}, allow_nan=False)
+        try:
+            self.metrics.write(line + "\n")
+            self.metrics.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {self.path / METRICS_FILE}: {error.strerror}") from error
 
     def close(self) -> None:
         self.metrics.close()
@@ -72,10 +82,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def describe_environment(folder: Path) -> None:
-    """Write environment.json, and changes.patch where the code differs from its commit."""
-    code = Path(__file__).parent
-    commit = _git(code, "rev-parse", "HEAD")
-    changes = _git(code, "diff", "HEAD") if commit else None
+    """Write environment.json, and changes.patch where tracked code differs from its commit."""
+    commit = _git("rev-parse", "HEAD")
+    changes = _git("diff", "HEAD", "--binary") if commit else None
     versions = {}
     for package in PACKAGES:
         try:
@@ -85,7 +94,7 @@ def describe_environment(folder: Path) -> None:
     facts = {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "commit": commit,
+        "commit": commit.decode().strip() if commit else None,
         "uncommitted_changes": bool(changes),
         "python": platform.python_version(),
         "versions": versions,
@@ -96,30 +105,39 @@ def describe_environment(folder: Path) -> None:
     }
     (folder / "environment.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     if changes:
-        (folder / "changes.patch").write_text(changes + "\n", encoding="utf-8")
+        (folder / "changes.patch").write_bytes(changes)
 
 
 def _fresh_folder(output: Path, name: str) -> Path:
     stem = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-    folder, count = output / stem, 1
-    while folder.exists():
-        count += 1
-        folder = output / f"{stem}-{count}"
-    return folder
+    _make_folder(output)
+    for count in itertools.count(1):
+        folder = output / (stem if count == 1 else f"{stem}-{count}")
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            continue
+    raise AssertionError("unreachable")
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
+def _make_folder(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def _git(*arguments: str) -> bytes | None:
     """git's answer for the checkout that holds this package; None where it lies in none."""
+
+    def ask(*words: str) -> subprocess.CompletedProcess[bytes]:
+        folder = Path(__file__).parent
+        return subprocess.run(["git", *words], cwd=folder, capture_output=True, timeout=30)
+
     try:
-        tracked = subprocess.run(
-            ["git", "ls-files", "--error-unmatch", Path(__file__).name],
-            cwd=folder, capture_output=True, text=True, timeout=30,
-        )  # fmt: skip
-        if tracked.returncode:
+        if ask("ls-files", "--error-unmatch", Path(__file__).name).returncode:
             return None
-        answer = subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=30
-        )
+        answer = ask(*arguments)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return answer.stdout.strip() if answer.returncode == 0 else None
+    return answer.stdout if answer.returncode == 0 else None

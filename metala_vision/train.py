@@ -2,8 +2,11 @@
 
 import dataclasses
 import math
+import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -17,11 +20,14 @@ from . import models  # noqa: F401  (registers ours with timm)
 from .checkpoint import copy_checkpoint, save_checkpoint
 from .config import Config, ModelConfig, RunConfig, nearest
 from .data import create_loaders, find_split
-from .engine import Evaluation, Interval, evaluate, train_epoch
-from .errors import UserError
+from .engine import Evaluation, Interval, Training, evaluate, train_epoch
+from .errors import UserError, one_line
 from .optim import create_optimizer, create_scheduler, peak_lr, run_length
 from .plots import learning_curve
 from .run_folder import RunFolder, read_metrics
+
+# Without a progress bar (output to a file), a line is printed this often, in seconds.
+LINE_INTERVAL = 30
 
 
 @dataclass
@@ -31,7 +37,7 @@ class TrainResult:
     run_dir: Path
     last: Evaluation
     best: Evaluation
-    best_epoch: float
+    best_epoch: int
 
 
 def create_accelerator(config: RunConfig) -> Accelerator:
@@ -39,6 +45,9 @@ def create_accelerator(config: RunConfig) -> Accelerator:
     has_device = torch.cuda.is_available() or torch.backends.mps.is_available()
     if config.mixed_precision == "fp16" and not has_device:
         raise UserError("run.mixed_precision='fp16' needs a GPU; on a CPU: no, bf16")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        raise UserError(f"training runs in one process, WORLD_SIZE is {processes}")
     return Accelerator(cpu=not has_device, mixed_precision=config.mixed_precision)
 
 
@@ -51,22 +60,30 @@ def create_model(config: ModelConfig, num_classes: int) -> nn.Module:
         raise UserError(
             f"model.num_classes={config.num_classes}, but the data has {num_classes} classes"
         )
-    wanted = {
-        "img_size": config.img_size,
+    reserved = {*ModelConfig.model_fields, "device", "dtype"} & set(config.model_kwargs)
+    if reserved or config.model_kwargs.get("global_pool", "avg") in ("", None):
+        key = min(reserved, default="global_pool")
+        raise UserError(f"model.model_kwargs takes no {key}={config.model_kwargs[key]!r}")
+    given: dict[str, Any] = {
         "patch_size": config.patch_size,
         "in_chans": config.in_chans,
-        "drop_path_rate": config.drop_path_rate or None,
+        "drop_path_rate": config.drop_path_rate,
         "num_classes": config.num_classes or num_classes,
         **config.model_kwargs,
     }
+    given = {key: value for key, value in given.items() if value is not None}
     try:
-        model = timm.create_model(
-            config.model, **{k: v for k, v in wanted.items() if v is not None}
-        )
+        try:
+            size: dict[str, Any] = {"img_size": config.img_size} if config.img_size else {}
+            model = timm.create_model(config.model, **given, **size)
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+            model = timm.create_model(config.model, **given)  # a CNN: takes any size
         if config.grad_checkpointing:
             model.set_grad_checkpointing()  # pyright: ignore[reportCallIssue]
-    except (TypeError, ValueError, AssertionError) as error:
-        raise UserError(f"cannot build {config.model}: {error}") from error
+    except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"cannot build {config.model}: {one_line(error)}") from error
     return model
 
 
@@ -74,78 +91,90 @@ def train(config: Config, name: str = "train") -> TrainResult:
     """Train as configured; leaves a run folder whose checkpoints timm loads.
 
     Args:
-        config: the resolved configuration.
+        config: the configuration; what it leaves open is resolved and kept in the run folder.
         name: of the run, the stem of a fresh run folder and the title of its curve.
     Raises:
         UserError: for what the user can mend, before any training where possible.
     """
+    config = config.model_copy(deep=True)
     accelerator = create_accelerator(config.run)
     set_seed(config.run.seed)
-    split = find_split(config.data, config.run.seed)
+    split = find_split(config.data)
     model = create_model(config.model, split.num_classes)
     loaders = create_loaders(config.data, config.model, model, split, config.run.seed)
-    lr = peak_lr(config.optim, config.data.batch_size * accelerator.num_processes)
-    optimizer = create_optimizer(model, config.optim, lr)
-    criterion = LabelSmoothingCrossEntropy(config.optim.smoothing)
+    images_per_step = min(config.data.batch_size, len(split.train_indices))
+    size = loaders.preprocessing["input_size"]
+    config.data.data_dir = split.root.resolve() if split.root else None
+    config.optim.lr = peak_lr(config.optim, config.data.batch_size)
+    config.model.img_size = size[-1]
+    optimizer = create_optimizer(model, config.optim, config.optim.lr)
+    scheduler = create_scheduler(optimizer, config.optim, len(loaders.train))
+    total_steps = run_length(config.optim, len(loaders.train))
+    epochs = math.ceil(total_steps / len(loaders.train))
     prepared = accelerator.prepare(model, optimizer, loaders.train, loaders.val)
     model, optimizer, train_loader, val_loader = prepared
-    scheduler = create_scheduler(optimizer, config.optim, len(train_loader))
-    total_steps = run_length(config.optim, len(train_loader))
-    epochs = math.ceil(total_steps / len(train_loader))
+    training = Training(
+        model, LabelSmoothingCrossEntropy(config.optim.smoothing), optimizer, scheduler,
+        accelerator, total_steps, config.optim.clip_grad, config.run.log_interval,
+    )  # fmt: skip
 
     run = RunFolder(config, name)
-    size = loaders.preprocessing["input_size"]
     parameters = sum(p.numel() for p in model.parameters())
-    say = accelerator.print
-    say(
+    print(
         f"{config.model.model}: {parameters:,} parameters, images {size[1]}x{size[2]}, "
         f"{split.num_classes} classes, {len(split.train_indices):,} training and "
         f"{len(split.val_indices):,} held-out images, {accelerator.device}"
     )
-    say(f"{total_steps} steps in {epochs} epochs, peak lr {lr:.3g}; run folder {run.path}")
-
-    last = best = None
-    best_epoch, step, saved_step = 0.0, 0, 0
-    bar = tqdm(
-        total=total_steps * config.data.batch_size, unit="img", unit_scale=True, disable=None
+    print(
+        f"{total_steps} steps in {epochs} epochs, peak lr {config.optim.lr:.3g}; "
+        f"run folder {run.path}",
+        flush=True,
     )
 
+    last = best = None
+    best_epoch = saved_step = 0
+    bar = tqdm(
+        total=total_steps * images_per_step, unit="img", unit_scale=True, disable=None,
+        dynamic_ncols=True,
+    )  # fmt: skip
+    spoken = time.monotonic()
+
     def on_interval(interval: Interval) -> None:
+        nonlocal spoken
         run.log("train", **dataclasses.asdict(interval))
         bar.set_postfix(epoch=f"{interval.epoch:.1f}", loss=f"{interval.loss:.3f}", refresh=False)
+        if bar.disable and time.monotonic() - spoken > LINE_INTERVAL:
+            spoken = time.monotonic()
+            minutes = (total_steps - interval.step) * images_per_step / interval.img_per_s / 60
+            print(
+                f"step {interval.step}/{total_steps}  loss {interval.loss:.4f}  "
+                f"{interval.img_per_s:.0f} img/s  {minutes:.0f} min left",
+                flush=True,
+            )
 
     try:
         for epoch in range(1, epochs + 1):
-            step = train_epoch(
-                model, train_loader, criterion, optimizer, scheduler, accelerator, config.optim,
-                step, total_steps, config.run.log_interval, bar.update, on_interval,
-            )  # fmt: skip
+            train_epoch(training, train_loader, bar.update, on_interval)
             if epoch % config.run.eval_interval and epoch < epochs:
                 continue
+            state = {
+                "epoch": epoch,
+                "step": training.step,
+                "optimizer": optimizer.state_dict(),
+                "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+            }
+            # Before the evaluation, which may fail: an epoch's work is not lost with it.
+            save_checkpoint(
+                run.path / "last", accelerator.unwrap_model(model), state,
+                loaders.preprocessing, split.train.classes,
+            )  # fmt: skip
+            saved_step = training.step
             last = evaluate(model, val_loader, accelerator)
-            run.log("eval", step=step, epoch=epoch, **dataclasses.asdict(last))
-            is_best = best is None or last.top1 > best.top1
-            if is_best:
+            run.log("eval", step=training.step, epoch=epoch, **dataclasses.asdict(last))
+            if best is None or last.top1 > best.top1:
                 best, best_epoch = last, epoch
-            if accelerator.is_main_process:
-                state = {
-                    "epoch": epoch,
-                    "step": step,
-                    "optimizer": optimizer.state_dict(),
-                    "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
-                    "evaluation": dataclasses.asdict(last),
-                }
-                try:
-                    save_checkpoint(
-                        run.path / "last", accelerator.unwrap_model(model), state,
-                        loaders.preprocessing, split.train.classes,
-                    )  # fmt: skip
-                    if is_best:
-                        copy_checkpoint(run.path / "last", run.path / "best")
-                    learning_curve(read_metrics(run.path), name, run.path / "curve.png")
-                except OSError as error:
-                    raise UserError(f"cannot write to {run.path}: {error.strerror}") from error
-                saved_step = step
+                copy_checkpoint(run.path / "last", run.path / "best")
+            learning_curve(read_metrics(run.path), name, run.path / "curve.png")
             bar.write(
                 f"epoch {epoch:3d}/{epochs}  held-out loss {last.loss:.4f}  "
                 f"top-1 {last.top1:.2f}  top-5 {last.top5:.2f}"

@@ -1,5 +1,6 @@
 """Which images are whose, and what comes out of the loaders."""
 
+import itertools
 import shutil
 
 import numpy as np
@@ -8,7 +9,13 @@ import torch
 from PIL import Image
 
 from metala_vision.config import DataConfig, ModelConfig, load_config
-from metala_vision.data import DATA_VARIABLE, DigitsSource, create_loaders, find_split
+from metala_vision.data import (
+    DATA_VARIABLE,
+    DigitsSource,
+    convert,
+    create_loaders,
+    find_split,
+)
 from metala_vision.errors import UserError
 from metala_vision.train import create_model
 
@@ -17,40 +24,81 @@ def loaders(data, model=None, seed=0):
     model = model or ModelConfig(
         model="metala_nano", img_size=32, model_kwargs={"embed_dim": 32, "num_heads": 1, "depth": 1}
     )
-    split = find_split(data, seed)
+    split = find_split(data)
     return create_loaders(data, model, create_model(model, split.num_classes), split, seed)
 
 
 def test_a_tree_with_train_and_val(digit_tree):
-    split = find_split(DataConfig(data_dir=digit_tree), 0)
+    split = find_split(DataConfig(data_dir=digit_tree))
     assert split.train.classes == ["digit0", "digit1", "digit2"] == split.val.classes
     assert len(split.train_indices) == 36 and len(split.val_indices) == 12
 
 
 def test_the_variable_names_the_folder(digit_tree, monkeypatch):
     monkeypatch.setenv(DATA_VARIABLE, str(digit_tree))
-    assert len(find_split(DataConfig(), 0).train_indices) == 36
+    assert len(find_split(DataConfig()).train_indices) == 36
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["train-only", "flat"])
 def test_holding_out_a_fraction_of_each_class(own_digit_tree, flat):
     shutil.rmtree(own_digit_tree / "val")
     root = own_digit_tree / "train" if flat else own_digit_tree
-    split = find_split(DataConfig(data_dir=root, val_fraction=0.25), 0)
+    split = find_split(DataConfig(data_dir=root, val_fraction=0.25))
     assert not set(split.train_indices) & set(split.val_indices)
     assert len(split.train_indices) + len(split.val_indices) == 36
     held = [split.val.targets[i] for i in split.val_indices]
     assert [held.count(c) for c in range(3)] == [3, 3, 3]
-    again = find_split(DataConfig(data_dir=root, val_fraction=0.25), 0)
+    again = find_split(DataConfig(data_dir=root, val_fraction=0.25))
     assert again.val_indices == split.val_indices
-    other = find_split(DataConfig(data_dir=root, val_fraction=0.25), 1)
+    other = find_split(DataConfig(data_dir=root, val_fraction=0.25, split_seed=1))
     assert other.val_indices != split.val_indices
 
 
 def test_a_class_missing_in_val_keeps_the_labels(own_digit_tree):
     shutil.rmtree(own_digit_tree / "val" / "digit0")
-    split = find_split(DataConfig(data_dir=own_digit_tree), 0)
+    split = find_split(DataConfig(data_dir=own_digit_tree))
     assert set(split.val.targets) == {1, 2}
+
+
+def test_the_class_is_the_first_folder_and_strays_are_left_out(own_digit_tree):
+    train = own_digit_tree / "train"
+    for label in range(3):
+        images = sorted((train / f"digit{label}").iterdir())
+        for part in ("p0", "p1"):
+            (train / f"digit{label}" / part).mkdir()
+        for i, image in enumerate(images):
+            image.rename(image.parent / f"p{i % 2}" / image.name)
+    shutil.copy(own_digit_tree / "val" / "digit0" / "12.png", train / "stray.png")
+    for part in ("train", "val"):
+        (own_digit_tree / part / ".ipynb_checkpoints").mkdir()
+    split = find_split(DataConfig(data_dir=own_digit_tree))
+    assert split.num_classes == 3 and len(split.train_indices) == 36
+    assert [split.train.targets.count(c) for c in range(3)] == [12, 12, 12]
+
+
+def test_other_formats_are_read(own_digit_tree):
+    for image in (own_digit_tree / "train" / "digit1").iterdir():
+        Image.open(image).save(image.with_suffix(".webp"))
+        image.unlink()
+    split = find_split(DataConfig(data_dir=own_digit_tree))
+    assert split.train.targets.count(1) == 12 and split.train.image(12).size == (32, 32)
+
+
+def test_sixteen_bit_grey_is_scaled():
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    pixels = np.asarray(convert(Image.fromarray(ramp), "L"))
+    np.testing.assert_array_equal(pixels, ramp // 256)
+
+
+@pytest.mark.parametrize("name", ["imagenet1k/metala_tiny", "imagenet1k/metala_small"])
+def test_the_recipes_augmentation_runs_on_many_images(name):
+    """RandAugment draws its operations and strengths: 200 images meet every extreme."""
+    data = load_config(name).data.model_copy(
+        update={"dataset": "digits", "val_fraction": 0.2, "workers": 0, "batch_size": 50}
+    )
+    made = loaders(data)
+    batches = itertools.islice(made.train, 4)
+    assert all(torch.isfinite(images).all() for images, _ in batches)
 
 
 def test_the_digits_are_the_real_ones():
@@ -61,7 +109,7 @@ def test_the_digits_are_the_real_ones():
 
 
 def test_the_quickstart_holds_out_a_fifth():
-    split = find_split(load_config("quickstart").data, 0)
+    split = find_split(load_config("quickstart").data)
     assert len(split.val_indices) == 360 and len(split.train_indices) == 1437
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import timm
@@ -10,8 +11,8 @@ from accelerate import Accelerator
 from PIL import Image
 
 from metala_vision.cli import main
-from metala_vision.config import Config, ModelConfig, OptimConfig, load_config
-from metala_vision.engine import evaluate, train_epoch
+from metala_vision.config import SECTIONS, Config, ModelConfig, OptimConfig, load_config
+from metala_vision.engine import Training, evaluate, train_epoch
 from metala_vision.optim import create_optimizer, create_scheduler, peak_lr, run_length
 from metala_vision.train import create_model, train
 from tests.conftest import SMALL_MODEL
@@ -59,15 +60,19 @@ def test_timm_loads_a_checkpoint_with_its_head_and_preprocessing(finished_run, w
     assert model.pretrained_cfg["input_size"] == (3, 32, 32)
     assert model.pretrained_cfg["label_names"] == ["digit0", "digit1", "digit2"]
     state = torch.load(finished_run / which / "training_state.pt", weights_only=True)
-    assert {"epoch", "step", "optimizer", "scaler", "evaluation"} == set(state)
+    assert {"epoch", "step", "optimizer", "scaler"} == set(state)
 
 
-def test_the_resolved_configuration_starts_the_same_run_again(finished_run, tmp_path):
-    def metrics(folder):
-        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-        timed = ("seconds", "img_per_s")
-        return [{k: v for k, v in line.items() if k not in timed} for line in lines]
+def metrics(folder):
+    """A run's metrics without the times."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in x.items() if k not in ("seconds", "img_per_s")} for x in lines]
 
+
+def test_the_resolved_configuration_starts_the_same_run_again(finished_run, digit_tree, tmp_path):
+    resolved = load_config(str(finished_run / "config.yaml"))
+    assert resolved.data.data_dir == digit_tree.resolve()
+    assert resolved.optim.lr == 6e-4 * 12 / 512 and resolved.model.img_size == 32
     config = str(finished_run / "config.yaml")
     assert main(["train", "--config", config, "--run-dir", str(tmp_path / "again")]) == 0
     assert metrics(tmp_path / "again") == metrics(finished_run)
@@ -120,25 +125,62 @@ def test_it_overfits_one_batch():
     loader = torch.utils.data.DataLoader([(batch[i], target[i]) for i in range(16)], batch_size=16)
     optimizer = create_optimizer(model, config, peak_lr(config, 16))
     scheduler = create_scheduler(optimizer, config, 1)
-    step, losses = 0, []
+    losses = []
+    run = Training(
+        model, torch.nn.CrossEntropyLoss(), optimizer, scheduler, accelerator, last_step=40
+    )
     for _ in range(40):
-        step = train_epoch(
-            model, loader, torch.nn.CrossEntropyLoss(), optimizer, scheduler, accelerator, config,
-            step, 40, 1, lambda n: None, lambda interval: losses.append(interval.loss),
-        )  # fmt: skip
-    assert step == 40 and losses[0] > 1.0 and losses[-1] < 0.02
+        train_epoch(run, loader, on_interval=lambda interval: losses.append(interval.loss))
+    assert run.step == 40 and losses[0] > 1.0 and losses[-1] < 0.02
     assert evaluate(model, loader, accelerator).top1 == 100.0
 
 
-def test_bfloat16_trains(digit_tree, tmp_path):
-    flags = arguments(digit_tree, tmp_path / "run", "--mixed-precision", "bf16", "--epochs", "1")
-    assert main(flags) == 0
+SETTINGS = [
+    ["--clip-grad", "0.001"], ["--smoothing", "0.3"], ["--drop-path-rate", "0.5"],
+    ["--mixed-precision", "bf16"], ["--seed", "1"], ["--hflip", "0"], ["--color-jitter", "0.9"],
+    ["--reprob", "1"], ["--interpolation", "bilinear"], ["--scale", "0.9", "1"],
+    ["--ratio", "0.5", "0.6"], ["--auto-augment", "rand-m5"], ["--weight-decay", "100"],
+    ["--betas", "0.5", "0.6"], ["--opt", "sgd"], ["--min-lr", "1e-5"], ["--warmup-lr", "1e-5"],
+    ["--warmup-epochs", "0"], ["--lr", "2e-3"], ["--lr-base", "1e-2"], ["--lr-base-size", "32"],
+    ["--crop-pct", "0.5"], ["--mean", "0.1"], ["--std", "0.1"], ["--batch-size", "6"],
+    ["--img-size", "40"], ["--patch-size", "4"], ["--model-kwargs", "embed_dim=16", "num_heads=1"],
+    ["--max-steps", "4"], ["--epochs", "3"], ["--num-classes", "7"], ["--in-chans", "1"],
+    ["--eval-interval", "2"], ["--log-interval", "3"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", SETTINGS, ids=lambda flags: flags[0].removeprefix("--"))
+def test_every_setting_reaches_the_run(flags, finished_run, digit_tree, tmp_path):
+    """Runs repeat bit by bit, so a setting that changes nothing in the metrics is not applied."""
+    assert main(arguments(digit_tree, tmp_path / "run", *flags)) == 0
+    assert metrics(tmp_path / "run") != metrics(finished_run)
+
+
+def test_settings_that_only_change_the_execution(finished_run, digit_tree, tmp_path):
+    flags = ["--grad-checkpointing"]
+    assert main(arguments(digit_tree, tmp_path / "run", *flags)) == 0
+    assert metrics(tmp_path / "run") == metrics(finished_run)
+
+
+def test_every_key_is_tried_by_these_tests():
+    tried = {flags[0] for flags in SETTINGS} | {"--grad-checkpointing"}
+    tried |= {flag for flag in arguments("x", "y") if flag.startswith("--")}
+    tried |= {"--output", "--val-fraction", "--split-seed", "--dataset"}  # in test_data.py, here
+    keys = {key for section in SECTIONS.values() for key in section.model_fields}
+    assert tried == {f"--{key.replace('_', '-')}" for key in keys}
+
+
+def test_a_shorter_run_without_a_terminal_still_speaks(digit_tree, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("metala_vision.train.LINE_INTERVAL", 0)
+    assert main(arguments(digit_tree, tmp_path / "run")) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^step 2/6  loss \d\.\d+  \d+ img/s  0 min left$", out, re.M)
 
 
 def test_a_model_of_timm_trains_too(digit_tree, tmp_path):
     flags = arguments(digit_tree, tmp_path / "run", "--max-steps", "1")
     at = flags.index("--model")
-    flags[at : at + len(SMALL_MODEL)] = ["--model", "resnet10t"]
+    flags[at : at + len(SMALL_MODEL)] = ["--model", "resnet10t", "--img-size", "64"]
     assert main(flags) == 0
 
 

@@ -1,6 +1,7 @@
 """What a hurried user gets wrong: one clear line, a non-zero status, nothing lost."""
 
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -10,8 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from metala_vision.checkpoint import save_checkpoint
 from metala_vision.cli import main
+from metala_vision.config import ModelConfig
+from metala_vision.errors import UserError
+from metala_vision.train import create_model
 from tests.conftest import SMALL_MODEL
 
 ROOT = Path(__file__).parents[2]
@@ -72,7 +78,24 @@ def test_one_class(capsys, own_digit_tree):
 
 def test_a_class_that_only_val_has(capsys, own_digit_tree):
     (own_digit_tree / "val" / "digit1").rename(own_digit_tree / "val" / "seven")
-    assert "has class 'seven', which" in run(capsys, "--data-dir", own_digit_tree)
+    line = run(capsys, "--data-dir", own_digit_tree)
+    assert line.endswith("val has class 'seven', which the training images lack")
+
+
+def test_a_class_folder_without_an_image(capsys, own_digit_tree):
+    (own_digit_tree / "train" / "digit3").mkdir()
+    line = run(capsys, "--data-dir", own_digit_tree)
+    assert line.startswith(f"no image in class folder {own_digit_tree / 'train' / 'digit3'}; end")
+
+
+def test_images_without_class_folders(capsys, own_digit_tree):
+    line = run(capsys, "--data-dir", own_digit_tree / "train" / "digit0", "--val-fraction", "0.1")
+    assert line == f"{own_digit_tree / 'train' / 'digit0'} has no class folders"
+
+
+def test_a_folder_for_the_digits(capsys, digit_tree):
+    line = run(capsys, "--dataset", "digits", "--data-dir", digit_tree)
+    assert line.startswith(f"data.dataset='digits' takes no data folder, got {digit_tree}")
 
 
 def test_a_class_too_small_to_hold_out_from(capsys, own_digit_tree):
@@ -80,7 +103,7 @@ def test_a_class_too_small_to_hold_out_from(capsys, own_digit_tree):
     for image in sorted((folder / "digit1").iterdir())[1:]:
         image.unlink()
     line = run(capsys, "--data-dir", folder, "--val-fraction", "0.1")
-    assert line.startswith(f"cannot hold out 0.1 of each class of {folder}: ")
+    assert line == f"cannot hold out 0.1 of each class of {folder}: class 'digit1' has one image"
 
 
 def test_val_fraction_beside_val(capsys, digit_tree):
@@ -100,7 +123,7 @@ def test_unreadable_image(capsys, own_digit_tree, tmp_path, workers):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--in-chans", "4"], "model.in_chans=4 does not fit: Input should be 1 or 3"),
+        (["--in-chans", "4"], "model.in_chans='4' does not fit: 1 (grey) and 3 (colour)"),
         (["--mean", "0.5", "0.5"], "data.mean has 2 values; 1 or in_chans=3 are accepted"),
         (["--img-size", "4"], "img_size=4 must be a multiple of patch_size=8"),
         (["--img-size", "30"], "img_size=30 must be a multiple of patch_size=8"),
@@ -111,6 +134,10 @@ def test_unreadable_image(capsys, own_digit_tree, tmp_path, workers):
         (["--mixed-precision", "fp16"], "run.mixed_precision='fp16' needs a GPU"),
         (["--lrr", "1"], "unknown argument '--lrr'; did you mean --lr?"),
         (["--auto-augment", "nonsense"], "auto_augment='nonsense'"),
+        (["--model-kwargs", "num_classes=2"], "model.model_kwargs takes no num_classes=2"),
+        (["--model", "metala_nano", "--model-kwargs", "mlp_ratio=-1"], "cannot build metala_nano"),
+        (["--min-lr", "1"], "optim.min_lr=1.0 exceeds the peak learning rate"),
+        (["--opt", "adahessian"], "optim.opt='adahessian' needs second derivatives"),
     ],
 )
 def test_unfit_settings(capsys, digit_tree, tmp_path, flags, message):
@@ -121,15 +148,63 @@ def test_unfit_settings(capsys, digit_tree, tmp_path, flags, message):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     capsys, digit_tree, tmp_path
 ):
-    """lr * weight_decay = 100 multiplies every weight by -99 a step: finite at first, then not."""
+    """lr * weight_decay = 10 multiplies every weight by -9 a step: finite at first, then not."""
     run_dir = tmp_path / "run"
     line = run(
         capsys, "--data-dir", digit_tree, "--run-dir", run_dir, "--epochs", "20",
-        "--warmup-epochs", "0", "--lr", "1", "--weight-decay", "100", "--log-interval", "1",
+        "--warmup-epochs", "0", "--lr", "0.1", "--weight-decay", "100", "--log-interval", "1",
     )  # fmt: skip
-    assert line.startswith("the loss became ") and "between steps" in line
+    assert line.startswith("the loss ") and "nan" in line or "inf" in line
+    assert '"event": "eval"' in (run_dir / "metrics.jsonl").read_text()
     kept = torch.load(run_dir / "last" / "training_state.pt", weights_only=True)["step"]
     assert kept >= 3 and line.endswith(f"the checkpoint of step {kept} is kept in {run_dir}/last")
+    for name in ("best", "last"):
+        weights = load_file(run_dir / name / "model.safetensors")
+        assert all(torch.isfinite(w).all() for w in weights.values())
+
+
+def test_a_last_step_that_breaks_the_weights_is_noticed_before_saving(capsys, digit_tree, tmp_path):
+    """The loss of the only interval is still finite; the update after it is not."""
+    run_dir = tmp_path / "run"
+    line = run(
+        capsys, "--data-dir", digit_tree, "--run-dir", run_dir, "--max-steps", "1",
+        "--warmup-epochs", "0", "--opt", "sgd", "--lr", "1e11", "--weight-decay", "1e30",
+    )  # fmt: skip
+    assert line.startswith("the weights became infinite or nan between steps 1 and 1")
+    assert not (run_dir / "last").exists()
+
+
+def test_an_unreadable_held_out_image_does_not_cost_the_epoch(capsys, own_digit_tree, tmp_path):
+    bad = own_digit_tree / "val" / "digit1" / "13.png"
+    bad.write_bytes(b"no picture")
+    run_dir = tmp_path / "run"
+    line = run(capsys, "--data-dir", own_digit_tree, "--run-dir", run_dir, "--epochs", "1")
+    assert line.startswith(f"cannot read image {bad}: ")
+    assert line.endswith(f"the checkpoint of step 3 is kept in {run_dir}/last")
+    assert (run_dir / "last" / "model.safetensors").exists()
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(capsys, digit_tree, tmp_path):
+    """A limit on the size of a file stands for the full disk."""
+    model = create_model(ModelConfig(model="metala_nano"), 3)
+    save_checkpoint(tmp_path / "last", model, {"step": 1}, {}, ["a", "b", "c"])
+    before = (tmp_path / "last" / "model.safetensors").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=f"cannot write checkpoint {tmp_path / 'last'}: "):
+            save_checkpoint(tmp_path / "last", model, {"step": 2}, {}, ["a", "b", "c"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (tmp_path / "last" / "model.safetensors").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["last"]
+
+
+def test_several_processes_are_refused(capsys, digit_tree, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(capsys, "--data-dir", digit_tree) == "training runs in one process, WORLD_SIZE is 2"
 
 
 def test_a_folder_that_cannot_be_written(capsys, digit_tree, tmp_path):
@@ -146,11 +221,12 @@ def test_no_write_permission_even_for_root(capsys, digit_tree):
     assert "permitted" in line or "denied" in line.lower()
 
 
-def test_a_run_folder_that_holds_a_run_is_left_alone(capsys, digit_tree, tmp_path):
+def test_a_run_folder_that_holds_anything_is_left_alone(capsys, digit_tree, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("precious\n")
     line = run(capsys, "--data-dir", digit_tree, "--run-dir", tmp_path)
-    assert line == f"{tmp_path} holds a run already; name another --run-dir"
+    assert line == f"{tmp_path} is not empty, it holds metrics.jsonl; name a new --run-dir"
     assert (tmp_path / "metrics.jsonl").read_text() == "precious\n"
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_unknown_command(capsys):
