@@ -154,7 +154,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
         capsys, "--data-dir", digit_tree, "--run-dir", run_dir, "--epochs", "20",
         "--warmup-epochs", "0", "--lr", "0.1", "--weight-decay", "100", "--log-interval", "1",
     )  # fmt: skip
-    assert line.startswith("the loss ") and "nan" in line or "inf" in line
+    assert line.startswith("the loss ") and ("nan" in line or "inf" in line)
     assert '"event": "eval"' in (run_dir / "metrics.jsonl").read_text()
     kept = torch.load(run_dir / "last" / "training_state.pt", weights_only=True)["step"]
     assert kept >= 3 and line.endswith(f"the checkpoint of step {kept} is kept in {run_dir}/last")
