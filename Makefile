@@ -23,8 +23,9 @@ check: $(READY)  ## formatting, lint and types; edits nothing
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
 
-bench: $(READY)  ## operator timings on this machine
+bench: $(READY)  ## timings on this machine: the operator, then whole models
 	$(BIN)/python benchmarks/operator_cpu.py
+	$(BIN)/python benchmarks/models_cpu.py
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and f"Python 3.10 or newer is needed, {sys.executable} is {v.major}.{v.minor}; name another with make PYTHON=...")'

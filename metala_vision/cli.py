@@ -3,6 +3,7 @@
 import argparse
 import sys
 import warnings
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -11,7 +12,10 @@ from ._version import __version__
 from .config import SECTIONS, Config, load_config, nearest, shipped_configs
 from .errors import UserError, one_line
 
-COMMANDS = {"train": "train a model on a folder of images"}
+COMMANDS = {
+    "train": "train a model on a folder of images",
+    "visualize": "draw the scan orders",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -37,7 +41,8 @@ def main(argv: list[str] | None = None, prog: str = "metala-vision", command: st
             parser.add_argument("command", choices=COMMANDS, help=listed)
             command = parser.parse_args(arguments[:1]).command
             arguments = arguments[1:]
-        return {"train": train_command}[command](arguments, f"{prog} {command}")
+        run = {"train": train_command, "visualize": visualize_command}[command]
+        return run(arguments, f"{prog} {command}")
     except UserError as error:
         print(f"{prog}: error: {error.line}", file=sys.stderr)
         return 2
@@ -67,6 +72,25 @@ def train_command(argv: list[str], prog: str) -> int:
         f"top-1 {result.last.top1:.2f} % on {result.last.images:,} held-out images "
         f"(best {result.best.top1:.2f} % after epoch {result.best_epoch:g})"
     )
+    return 0
+
+
+def visualize_command(argv: list[str], prog: str) -> int:
+    """Draw a picture; the last line printed is its path."""
+    parser = _Parser(prog, description="Draw a picture.", formatter_class=_Formatter)
+    parser.add_argument("what", choices=["scans"], help="scans: every scan order on a grid")
+    parser.add_argument(
+        "--grid", nargs=2, type=int, default=(14, 14), metavar=("ROWS", "COLUMNS"), help="[14 14]"
+    )
+    parser.add_argument("--out", type=Path, default=Path("scans.png"), help="[scans.png]")
+    given = parser.parse_args(argv)
+    if min(given.grid) < 1 or max(given.grid) > 256:
+        raise UserError(f"--grid takes 1 to 256 rows and columns, got {given.grid}")
+    from .plots import scan_orders
+
+    rows, columns = given.grid
+    scan_orders(rows, columns, given.out)
+    print(given.out)
     return 0
 
 

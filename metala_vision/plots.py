@@ -1,11 +1,36 @@
-"""Pictures of a run."""
+"""Pictures: of a run, of the scan orders."""
 
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from metala_vision.layers import ORDERS, scan_order
+
 from .errors import UserError
+
+
+def scan_orders(Gh: int, Gw: int, path: Path) -> None:
+    """Every scan order on a Gh x Gw grid, as a path from its first token (dot), in one PNG."""
+    names = [*ORDERS[:-1], f"window({max(2, min(Gh, Gw) // 4)})"]
+    figure = Figure(figsize=(11, 1.2 + 5.2 * min(2.0, Gh / Gw)), layout="constrained")
+    axes = figure.subplots(2, 4).flatten()
+    for axis, name in zip(axes, names, strict=True):
+        order = scan_order(name, Gh, Gw)
+        rows, columns = (order // Gw).tolist(), (order % Gw).tolist()
+        axis.scatter(columns, rows, s=9, c=range(len(rows)), cmap="viridis", zorder=2)
+        axis.plot(columns, rows, color="#888888", linewidth=0.8, zorder=1)
+        axis.scatter(columns[:1], rows[:1], s=45, color="#d55e00", zorder=3)
+        axis.set(title=name, aspect="equal", xlim=(-1, Gw), ylim=(Gh, -1), xticks=[], yticks=[])
+    figure.suptitle(f"Scan orders on a {Gh} x {Gw} grid of tokens: dark to light, from the dot")
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    try:
+        figure.savefig(path, dpi=130)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def learning_curve(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
@@ -39,7 +64,4 @@ def learning_curve(metrics: list[dict[str, Any]], title: str, path: Path) -> Non
     for axis in (loss_axis, accuracy_axis):
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
-    try:
-        figure.savefig(path, dpi=130)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    _save(figure, path)

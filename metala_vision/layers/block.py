@@ -41,7 +41,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
         self.mlp = GluMlp(
             dim,
-            hidden_features=2 * int(mlp_ratio * dim),  # timm counts both halves
+            hidden_features=2 * round(mlp_ratio * dim),  # timm counts both halves
             act_layer=nn.SiLU,
             gate_last=False,
             bias=False,

@@ -4,6 +4,7 @@ B batch, Gh x Gw the token grid, N = Gh * Gw tokens in raster order, C width, H 
 K = C / (2 H) key width per head, V = C / H value width per head.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,32 +19,44 @@ from metala_vision.kernels.gated_linear_attention import (
 )
 
 from .conv import TokenConv
+from .pos_embed import rope2d
+from .scan import check_scans, token_order
 
 register_notrace_function(gated_linear_attention_op)
 jit_ignore: Any = torch.jit.ignore  # torch types the decorated function as a flag
 
+KEYS = ("decay", "projected")
+
 
 @register_notrace_function
 def self_augmentation(
-    q: Tensor, gate: Tensor, v: Tensor, weight: Tensor, gate_divisor: float
+    q: Tensor, k: Tensor | None, gate: Tensor, v: Tensor, weight: Tensor, gate_divisor: float
 ) -> Tensor:
-    """sigmoid((q . (weight * (1 - alpha))) v) - 1/2: what a token adds to its own output.
+    """sigmoid((q . (weight * k)) v) - 1/2: what a token adds to its own output.
 
     The half is the same in every channel, and the norm behind takes it away exactly. Kept, it
     would be a hundred times the output it is added to, and in 16 bits round that away.
 
-    q, gate [B, N, H, K], v [B, N, H, V], weight [H, K] -> [B, N, H, V] in v's dtype.
+    q, k, gate [B, N, H, K], v [B, N, H, V], weight [H, K] -> [B, N, H, V] in v's dtype. k None is
+    1 - alpha.
     """
-    _, _, key = decay_and_key(gate, gate_divisor)
-    own = (q * weight * key).sum(-1, keepdim=True).to(v.dtype)
+    if k is None:
+        _, _, k = decay_and_key(gate, gate_divisor)
+    own = (q * weight * k).sum(-1, keepdim=True).to(v.dtype)
     return 0.5 * torch.tanh(0.5 * own * v)
+
+
+@register_notrace_function
+def decay_key(gate: Tensor, gate_divisor: float, like: Tensor) -> Tensor:
+    """The key 1 - alpha as a tensor of `like`'s dtype."""
+    return decay_and_key(gate, gate_divisor)[2].to(like.dtype)
 
 
 class MetaLAMixer(nn.Module):
     """MetaLA over the tokens of a map.
 
         x = SiLU(conv(x))
-        q, a, v = x W_Q, x W_alpha, x W_V          alpha = sigmoid(a)^(1 / 16), key 1 - alpha
+        q, a, v = x W_Q, x W_alpha, x W_V          alpha = sigmoid(a)^(1 / tau), key 1 - alpha
         S_t = diag(alpha_t) S_{t-1} + (1 - alpha_t) v_t^T                          per head
         o_t = K^-0.5 S_t^T q_t + sigmoid((q_t . (w_aug * (1 - alpha_t))) v_t)
         y = (LayerNorm_head(o) * SiLU(x W_G + b_G)) W_O
@@ -51,15 +64,23 @@ class MetaLAMixer(nn.Module):
     Source: MetaLA, arXiv 2411.10741, equations 21, 22 and A23 to A38; the order of norm and gate,
     the scale K^-0.5 (absent in the paper) and w_aug = 0 at the start are those of the authors'
     release. Differs for vision: the recurrence may run in either or both directions (their sum;
-    the self-augmentation is added once), and the convolution may be 3x3 on the grid.
+    the self-augmentation is added once), along any scan order, and the convolution may be 3x3 on
+    the grid.
 
     Args:
         dim: C, divisible by 2 * num_heads.
         num_heads: H.
-        conv: "depthwise2d", "causal1d" or "none", see TokenConv.
+        conv: "depthwise2d", "causal1d" or "none", see TokenConv; always along the raster.
         direction: "forward", "backward" or "bidirectional".
+        scans: the order in which tokens are visited, see scan_order; several names divide the
+            heads among them. The output is in raster order whatever the scan.
+        self_aug: add the self-augmentation.
+        key: "decay" is 1 - alpha; "projected" adds a projection W_K.
+        tau: > 0; the larger, the longer the memory.
+        shared_decay: one alpha for both directions; False projects one for each.
+        rope: turn queries and keys by their position, see rope2d; needs K divisible by 4.
     Raises:
-        ValueError: for a width that the heads do not divide, another conv or direction.
+        ValueError: naming the option, its value and what is accepted.
     """
 
     def __init__(
@@ -68,6 +89,12 @@ class MetaLAMixer(nn.Module):
         num_heads: int,
         conv: str = "depthwise2d",
         direction: str = "bidirectional",
+        scans: str | Sequence[str] = "raster",
+        self_aug: bool = True,
+        key: str = "decay",
+        tau: float = 16.0,
+        shared_decay: bool = True,
+        rope: bool = False,
         device=None,
         dtype=None,
     ) -> None:
@@ -78,41 +105,83 @@ class MetaLAMixer(nn.Module):
             raise ValueError(
                 f"direction={direction!r} is unknown; accepted: {', '.join(DIRECTIONS)}"
             )
+        if key not in KEYS:
+            raise ValueError(f"key={key!r} is unknown; accepted: {', '.join(KEYS)}")
+        if not tau > 0:
+            raise ValueError(f"tau must be > 0, got {tau}")
+        if not shared_decay and direction != "bidirectional":
+            raise ValueError(
+                f"shared_decay=False needs direction='bidirectional', got {direction!r}"
+            )
+        scan_names = check_scans(scans)
+        if num_heads % len(scan_names):
+            raise ValueError(
+                f"num_heads={num_heads} cannot be divided among {len(scan_names)} scan orders "
+                f"{scan_names}"
+            )
+        if rope and key == "decay" and not shared_decay:
+            raise ValueError("rope with shared_decay=False needs key='projected', got key='decay'")
+        if rope and (dim // (2 * num_heads)) % 4:
+            raise ValueError(
+                f"rope needs a key width divisible by 4, got {dim // (2 * num_heads)} "
+                f"(dim={dim}, num_heads={num_heads})"
+            )
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.key_width = dim // (2 * num_heads)
         self.value_width = dim // num_heads
         self.direction = direction
-        self.gate_divisor = 16.0  # tau of MetaLA, after GLA
+        self.scans = list(scan_names)
+        self.self_aug = self_aug
+        self.projected_key = key == "projected"
+        self.rope = rope
+        self.num_decays = 1 if shared_decay else 2
+        self.gate_divisor = float(tau)
         self.norm_eps = 1e-5  # of the authors' release
         self.conv = TokenConv(dim, conv, direction, **dd)
-        # Rows of W_Q (C/2), W_alpha (C/2), W_V (C) and W_G (C): one product instead of four.
-        self.in_proj = nn.Linear(dim, 3 * dim, bias=False, **dd)
+        # Rows of W_Q, W_alpha (one or two), W_K (if any), W_V and W_G: one product instead of four.
+        keyed = 1 + self.num_decays + int(self.projected_key)
+        self.in_proj = nn.Linear(dim, keyed * (dim // 2) + 2 * dim, bias=False, **dd)
         self.output_gate_bias = nn.Parameter(torch.empty(dim, **dd))
-        self.w_aug = nn.Parameter(torch.empty(num_heads, self.key_width, **dd))
+        if self_aug:
+            self.w_aug = nn.Parameter(torch.empty(num_heads, self.key_width, **dd))
+        else:
+            self.register_parameter("w_aug", None)
         self.out_proj = nn.Linear(dim, dim, bias=False, **dd)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Initialise what this module owns directly."""
         nn.init.zeros_(self.output_gate_bias)
-        nn.init.zeros_(self.w_aug)
+        if self.w_aug is not None:
+            nn.init.zeros_(self.w_aug)
 
     @jit_ignore
     def no_weight_decay(self) -> set[str]:
         """Parameters that AdamW should not decay although they are matrices."""
-        return {"w_aug"}
+        return {"w_aug"} if self.self_aug else set()
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, Gh, Gw, C] -> [B, Gh, Gw, C]."""
         B, Gh, Gw, C = x.shape
-        H, K, V = self.num_heads, self.key_width, self.value_width
-        q, gate, v, output_gate = self.in_proj(self.conv(x)).split([H * K, H * K, C, C], dim=3)
-        q, gate = q.reshape(B, Gh * Gw, H, K), gate.reshape(B, Gh * Gw, H, K)
-        v = v.reshape(B, Gh * Gw, H, V)
-        o = gated_linear_attention_op(
-            q, v, None, gate, None, self.gate_divisor, K**-0.5, self.direction, None
+        N, H, K, V, D = Gh * Gw, self.num_heads, self.key_width, self.value_width, self.num_decays
+        keys = H * K if self.projected_key else 0
+        q, gate, k, v, output_gate = self.in_proj(self.conv(x)).split(
+            [H * K, D * H * K, keys, C, C], dim=3
         )
-        o = o + self_augmentation(q, gate, v, self.w_aug, self.gate_divisor)
+        q, v = q.reshape(B, N, H, K), v.reshape(B, N, H, V)
+        key: Tensor | None = k.reshape(B, N, H, K) if self.projected_key else None
+        gates = gate.reshape(B, N, D, H, K).permute(2, 0, 1, 3, 4)
+        query, turned = q, key
+        if self.rope:
+            if turned is None:
+                turned = decay_key(gates[0], self.gate_divisor, q)
+            query, turned = rope2d(q, Gh, Gw), rope2d(turned, Gh, Gw)
+        o = gated_linear_attention_op(
+            query, v, turned, gates if D == 2 else gates[0], None, self.gate_divisor, K**-0.5,
+            self.direction, token_order(x, self.scans, H),
+        )  # fmt: skip
+        if self.w_aug is not None:
+            o = o + self_augmentation(q, key, gates[0], v, self.w_aug, self.gate_divisor)
         o = F.layer_norm(o, [V], eps=self.norm_eps).reshape(B, Gh, Gw, C)
         return self.out_proj(o * F.silu(output_gate + self.output_gate_bias))

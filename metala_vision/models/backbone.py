@@ -3,7 +3,8 @@
 B batch, Gh x Gw the token grid, C width (embed_dim).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from timm.layers import (
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
-from metala_vision.layers import Block
+from metala_vision.layers import Block, add_sincos2d, check_pos_embed, check_scans
 
 jit_ignore: Any = torch.jit.ignore  # torch types the decorated function as a flag
 POOLS = ("avg", "max", "avgmax", "catavgmax", "")
@@ -58,7 +59,7 @@ class Backbone(nn.Module):
     the patch.
 
     Args:
-        mixer_layer: makes a token mixer, called with (embed_dim, device=, dtype=).
+        mixer_layer: makes a token mixer, called with (embed_dim, scans=, rope=, device=, dtype=).
         img_size: nominal image size, one number or (height, width).
         patch_size: side of a square patch, or (height, width).
         in_chans: image channels.
@@ -67,6 +68,11 @@ class Backbone(nn.Module):
         embed_dim: C.
         depth: number of blocks.
         mlp_ratio: hidden width of the channel mixer over C.
+        scans: orders in which the mixers visit the tokens, see layers.scan_order; one name, or
+            several that the layers take in turn.
+        split_heads: every layer uses all the orders, its heads divided among them.
+        pos_embed: "none", "sincos2d" (added to the patches; embed_dim divisible by 4) or "rope2d"
+            (queries and keys turned by position); for any size, without parameters.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout inside the channel mixers.
         drop_path_rate: stochastic depth, growing linearly to this value at the last block.
@@ -88,6 +94,9 @@ class Backbone(nn.Module):
         embed_dim: int = 192,
         depth: int = 12,
         mlp_ratio: float = 3.0,
+        scans: str | Sequence[str] = "raster",
+        split_heads: bool = False,
+        pos_embed: str = "none",
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -123,13 +132,19 @@ class Backbone(nn.Module):
             strict_img_size=False,
             **dd,
         )
-        drop_path: Any = calculate_drop_path_rates(drop_path_rate, depth)
-        self.blocks = nn.Sequential(
-            *(
-                Block(embed_dim, mixer_layer, mlp_ratio, proj_drop_rate, drop_path[i], **dd)
-                for i in range(depth)
+        self.sincos2d = check_pos_embed(pos_embed) == "sincos2d"
+        if self.sincos2d and embed_dim % 4:
+            raise ValueError(
+                f"pos_embed='sincos2d' needs embed_dim divisible by 4, got {embed_dim}"
             )
-        )
+        scan_names = check_scans(scans)
+        drop_path: Any = calculate_drop_path_rates(drop_path_rate, depth)
+        blocks = []
+        for i in range(depth):
+            names = scan_names if split_heads else (scan_names[i % len(scan_names)],)
+            mixer = partial(mixer_layer, scans=names, rope=pos_embed == "rope2d")
+            blocks.append(Block(embed_dim, mixer, mlp_ratio, proj_drop_rate, drop_path[i], **dd))
+        self.blocks = nn.Sequential(*blocks)
         self.feature_info = [
             {"num_chs": embed_dim, "reduction": max(patch), "module": f"blocks.{i}"}
             for i in range(depth)
@@ -198,6 +213,8 @@ class Backbone(nn.Module):
         """Images [B, in_chans, height, width] -> features [B, Gh, Gw, C], raster order."""
         x = check_image(x, self.in_chans, self.patch_h, self.patch_w)
         x = self.patch_embed(x)
+        if self.sincos2d:
+            x = add_sincos2d(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             x = checkpoint_seq(self.blocks, x)  # pyright: ignore[reportAssignmentType]
         else:

@@ -23,6 +23,9 @@ class MetaLA(Backbone):
         num_heads: heads of the mixer; key width embed_dim / (2 num_heads).
         conv: "depthwise2d", "causal1d" or "none".
         direction: "forward", "backward" or "bidirectional".
+        self_aug, key, tau, shared_decay: see MetaLAMixer.
+        mlp_ratio: None is 3, less 1/6 for a second decay and for a projected key each: the channel
+            mixer pays for their projections, and the size stays.
         **kwargs: those of Backbone; an unknown one raises TypeError.
     """
 
@@ -31,10 +34,26 @@ class MetaLA(Backbone):
         num_heads: int = 3,
         conv: str = "depthwise2d",
         direction: str = "bidirectional",
+        self_aug: bool = True,
+        key: str = "decay",
+        tau: float = 16.0,
+        shared_decay: bool = True,
+        mlp_ratio: float | None = None,
         **kwargs,
     ) -> None:
-        mixer = partial(MetaLAMixer, num_heads=num_heads, conv=conv, direction=direction)
-        super().__init__(mixer, **kwargs)
+        mixer = partial(
+            MetaLAMixer,
+            num_heads=num_heads,
+            conv=conv,
+            direction=direction,
+            self_aug=self_aug,
+            key=key,
+            tau=tau,
+            shared_decay=shared_decay,
+        )
+        if mlp_ratio is None:
+            mlp_ratio = 3.0 - (int(not shared_decay) + int(key == "projected")) / 6
+        super().__init__(mixer, mlp_ratio=mlp_ratio, **kwargs)
 
 
 def _create_metala(variant: str, pretrained: bool, **kwargs) -> MetaLA:
@@ -69,6 +88,14 @@ default_cfgs = generate_default_cfgs(
         "metala_base": _cfg(),
         "metala_tiny_paper": _cfg(),
         "metala_small_paper": _cfg(),
+        "metala_nano_causal": _cfg(size=64, patch=8, crop_pct=1.0),
+        "metala_nano_cross": _cfg(size=64, patch=8, crop_pct=1.0),
+        "metala_nano_hilbert": _cfg(size=64, patch=8, crop_pct=1.0),
+        "metala_nano_snake": _cfg(size=64, patch=8, crop_pct=1.0),
+        "metala_tiny_causal": _cfg(),
+        "metala_tiny_cross": _cfg(),
+        "metala_tiny_hilbert": _cfg(),
+        "metala_tiny_snake": _cfg(),
     }
 )
 
@@ -76,7 +103,10 @@ _NANO = {"img_size": 64, "patch_size": 8, "embed_dim": 128, "depth": 8, "num_hea
 _TINY = {"embed_dim": 192, "depth": 12, "num_heads": 3}
 _SMALL = {"embed_dim": 384, "depth": 12, "num_heads": 6}
 _BASE = {"embed_dim": 768, "depth": 12, "num_heads": 12}
-_PAPER = {"conv": "causal1d", "direction": "forward"}
+_CAUSAL = {"conv": "causal1d", "direction": "forward"}
+_CROSS = {"scans": ("raster", "column")}
+_HILBERT = {"scans": "hilbert"}
+_SNAKE = {"scans": "snake"}
 
 
 @register_model
@@ -106,10 +136,58 @@ def metala_base(pretrained: bool = False, **kwargs) -> MetaLA:
 @register_model
 def metala_tiny_paper(pretrained: bool = False, **kwargs) -> MetaLA:
     """The paper's tiny size: causal convolution, forward recurrence; 6,113,704 parameters."""
-    return _create_metala("metala_tiny_paper", pretrained, **{**_TINY, **_PAPER, **kwargs})
+    return _create_metala("metala_tiny_paper", pretrained, **{**_TINY, **_CAUSAL, **kwargs})
 
 
 @register_model
 def metala_small_paper(pretrained: bool = False, **kwargs) -> MetaLA:
     """The paper's small size: causal convolution, forward recurrence; 23,727,976 parameters."""
-    return _create_metala("metala_small_paper", pretrained, **{**_SMALL, **_PAPER, **kwargs})
+    return _create_metala("metala_small_paper", pretrained, **{**_SMALL, **_CAUSAL, **kwargs})
+
+
+@register_model
+def metala_nano_causal(pretrained: bool = False, **kwargs) -> MetaLA:
+    """metala_nano, the causal convolution, forward only, mean pool."""
+    return _create_metala("metala_nano_causal", pretrained, **{**_NANO, **_CAUSAL, **kwargs})
+
+
+@register_model
+def metala_nano_cross(pretrained: bool = False, **kwargs) -> MetaLA:
+    """metala_nano, rows and columns scanned in turn, layer by layer."""
+    return _create_metala("metala_nano_cross", pretrained, **{**_NANO, **_CROSS, **kwargs})
+
+
+@register_model
+def metala_nano_hilbert(pretrained: bool = False, **kwargs) -> MetaLA:
+    """metala_nano, scanned along a Hilbert curve."""
+    return _create_metala("metala_nano_hilbert", pretrained, **{**_NANO, **_HILBERT, **kwargs})
+
+
+@register_model
+def metala_nano_snake(pretrained: bool = False, **kwargs) -> MetaLA:
+    """metala_nano, scanned row by row, there and back."""
+    return _create_metala("metala_nano_snake", pretrained, **{**_NANO, **_SNAKE, **kwargs})
+
+
+@register_model
+def metala_tiny_causal(pretrained: bool = False, **kwargs) -> MetaLA:
+    """metala_tiny, the same model as metala_tiny_paper."""
+    return _create_metala("metala_tiny_causal", pretrained, **{**_TINY, **_CAUSAL, **kwargs})
+
+
+@register_model
+def metala_tiny_cross(pretrained: bool = False, **kwargs) -> MetaLA:
+    """metala_tiny, rows and columns scanned in turn, layer by layer."""
+    return _create_metala("metala_tiny_cross", pretrained, **{**_TINY, **_CROSS, **kwargs})
+
+
+@register_model
+def metala_tiny_hilbert(pretrained: bool = False, **kwargs) -> MetaLA:
+    """metala_tiny, scanned along a Hilbert curve."""
+    return _create_metala("metala_tiny_hilbert", pretrained, **{**_TINY, **_HILBERT, **kwargs})
+
+
+@register_model
+def metala_tiny_snake(pretrained: bool = False, **kwargs) -> MetaLA:
+    """metala_tiny, scanned row by row, there and back."""
+    return _create_metala("metala_tiny_snake", pretrained, **{**_TINY, **_SNAKE, **kwargs})

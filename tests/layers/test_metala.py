@@ -46,35 +46,58 @@ def convolve(x, weight, conv, direction):
     return silu(out).reshape(Gh, Gw, C)
 
 
-def metala_by_hand(x, p, H, conv, direction):
+def turn(x, r, c):
+    """Axial rotary embedding of one vector [K] at row r, column c."""
+    K, out = len(x), x.copy()
+    for pair in range(K // 2):
+        i = pair % (K // 4)
+        angle = (r if pair < K // 4 else c) * 100 ** (-4 * i / K)
+        even, odd = x[2 * pair], x[2 * pair + 1]
+        out[2 * pair] = even * np.cos(angle) - odd * np.sin(angle)
+        out[2 * pair + 1] = even * np.sin(angle) + odd * np.cos(angle)
+    return out
+
+
+def metala_by_hand(
+    x, p, H, conv, direction, self_aug=True, key="decay", tau=16.0, shared_decay=True, rope=False
+):
     """Equations 21, 22, A23 to A38 of arXiv 2411.10741 for one image [Gh, Gw, C]."""
     Gh, Gw, C = x.shape
     N, K, V = Gh * Gw, C // (2 * H), C // H
     x = convolve(x, p.get("conv.conv.weight"), conv, direction).reshape(N, C)
-    w_q, w_alpha, w_v, w_g = np.split(p["in_proj.weight"], [C // 2, C, 2 * C])
-    q, a, v = x @ w_q.T, x @ w_alpha.T, x @ w_v.T
-    g = silu(x @ w_g.T + p["output_gate_bias"])
-    alpha = sigmoid(a) ** (1 / 16)
+    half = C // 2
+    sizes = [half, half] + [half] * (not shared_decay) + [half] * (key == "projected") + [C, C]
+    parts = [x @ w.T for w in np.split(p["in_proj.weight"], np.cumsum(sizes)[:-1])]
+    q, v = parts[0], parts[-2]
+    g = silu(parts[-1] + p["output_gate_bias"])
+    alphas = {1: sigmoid(parts[1]) ** (1 / tau)}
+    alphas[-1] = alphas[1] if shared_decay else sigmoid(parts[2]) ** (1 / tau)
     y = np.zeros((N, C))
     for h in range(H):
         keys, values = slice(h * K, h * K + K), slice(h * V, h * V + V)
         o = np.zeros((N, V))
         ways = {"forward": [1], "backward": [-1], "bidirectional": [1, -1]}[direction]
         for way in ways:
-            S = np.zeros((K, V))
+            S, alpha = np.zeros((K, V)), alphas[way]
             for t in range(N)[::way]:
-                S = alpha[t, keys, None] * S + np.outer(1 - alpha[t, keys], v[t, values])
-                o[t] += K**-0.5 * q[t, keys] @ S
+                k_t = parts[-3][t, keys] if key == "projected" else 1 - alpha[t, keys]
+                q_t = q[t, keys]
+                if rope:
+                    q_t, k_t = turn(q_t, t // Gw, t % Gw), turn(k_t, t // Gw, t % Gw)
+                S = alpha[t, keys, None] * S + np.outer(k_t, v[t, values])
+                o[t] += K**-0.5 * q_t @ S
         for t in range(N):
-            own = q[t, keys] @ (p["w_aug"][h] * (1 - alpha[t, keys]))
-            o[t] += sigmoid(own * v[t, values])
+            if self_aug:
+                k_t = parts[-3][t, keys] if key == "projected" else 1 - alphas[1][t, keys]
+                own = q[t, keys] @ (p["w_aug"][h] * k_t)
+                o[t] += sigmoid(own * v[t, values])
             o[t] = (o[t] - o[t].mean()) / np.sqrt(o[t].var() + 1e-5)
         y[:, values] = g[:, values] * o
     return (y @ p["out_proj.weight"].T).reshape(Gh, Gw, C)
 
 
-def mixer_with_random_weights(dim, heads, conv, direction):
-    mixer = MetaLAMixer(dim, heads, conv=conv, direction=direction, dtype=torch.float64)
+def mixer_with_random_weights(dim, heads, conv, direction, **options):
+    mixer = MetaLAMixer(dim, heads, conv, direction, **options, dtype=torch.float64)
     with torch.no_grad():
         for i, parameter in enumerate(mixer.parameters()):
             parameter.copy_(0.5 * normal(*parameter.shape, seed=i))
@@ -91,6 +114,34 @@ def test_the_mixer_is_the_papers_equations(grid, conv, direction):
     by_hand = np.stack([metala_by_hand(image, weights, 2, conv, direction) for image in x.numpy()])
     # float64; 1 - alpha by subtraction loses up to 1e-14 of a key near 0
     assert relative_rms(mixer(x).detach(), torch.from_numpy(by_hand)) <= 1e-11
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"self_aug": False},
+        {"key": "projected"},
+        {"tau": 2.0},
+        {"shared_decay": False},
+        {"rope": True},
+        {"rope": True, "key": "projected"},
+        {"shared_decay": False, "key": "projected", "self_aug": False, "tau": 4.0},
+    ],
+    ids=lambda options: "-".join(f"{k}={v}" for k, v in options.items()),
+)
+def test_every_option_is_its_equation(options):
+    mixer = mixer_with_random_weights(16, 2, "depthwise2d", "bidirectional", **options)
+    x = normal(1, 3, 5, 16, seed=50)
+    weights = {name: p.numpy() for name, p in mixer.state_dict().items()}
+    by_hand = metala_by_hand(x[0].numpy(), weights, 2, "depthwise2d", "bidirectional", **options)
+    assert relative_rms(mixer(x)[0].detach(), torch.from_numpy(by_hand)) <= 1e-11
+    plain = metala_by_hand(
+        x[0].numpy(),
+        {**weights, "in_proj.weight": weights["in_proj.weight"][[*range(16), *range(-32, 0)]]}
+        | ({"w_aug": np.ones((2, 4))} if "w_aug" not in weights else {}),
+        2, "depthwise2d", "bidirectional",
+    )  # fmt: skip
+    assert relative_rms(torch.from_numpy(plain), torch.from_numpy(by_hand)) > 1e-3
 
 
 @pytest.mark.parametrize("name", ["w_aug", "output_gate_bias", "in_proj.weight", "out_proj.weight"])
@@ -165,6 +216,14 @@ def test_sixteen_bits_keep_the_signal_of_a_fresh_mixer(dim, dtype, limit):
         ({"num_heads": 5}, r"dim=12 is not divisible by 2 \* num_heads=10"),
         ({"conv": "3x3"}, "conv='3x3' is unknown; accepted: depthwise2d, causal1d, none"),
         ({"direction": "up"}, "direction='up' is unknown; accepted: forward, backward"),
+        ({"key": "hash"}, "key='hash' is unknown; accepted: decay, projected"),
+        ({"tau": 0.0}, r"tau must be > 0, got 0\.0"),
+        (
+            {"shared_decay": False, "direction": "forward"},
+            "shared_decay=False needs direction='bidirectional', got 'forward'",
+        ),
+        ({"rope": True}, "rope needs a key width divisible by 4, got 3"),
+        ({"rope": True, "shared_decay": False}, "needs key='projected', got key='decay'"),
     ],
 )
 def test_a_bad_option_is_named(arguments, message):

@@ -19,6 +19,14 @@ PARAMETERS = {
     "metala_base": 93_507_304,
     "metala_tiny_paper": 6_113_704,
     "metala_small_paper": 23_727_976,
+    "metala_nano_causal": 1_867_624,
+    "metala_nano_cross": 1_872_744,
+    "metala_nano_hilbert": 1_872_744,
+    "metala_nano_snake": 1_872_744,
+    "metala_tiny_causal": 6_113_704,
+    "metala_tiny_cross": 6_125_224,
+    "metala_tiny_hilbert": 6_125_224,
+    "metala_tiny_snake": 6_125_224,
 }
 
 
@@ -43,6 +51,26 @@ def test_parameter_count(name):
     paper = {"metala_tiny": 6_113_704, "metala_small": 23_727_976}
     if name in paper:
         assert abs(count(model) / paper[name] - 1) <= 0.03
+
+
+@pytest.mark.parametrize("options", [{"shared_decay": False}, {"key": "projected"}], ids=str)
+def test_the_channel_mixer_pays_for_a_further_projection(options):
+    model = timm.create_model("metala_tiny", device="meta", **options)
+    assert (
+        abs(count(model) - PARAMETERS["metala_tiny"]) < 12 * 192 * 3
+    )  # the hidden width's rounding
+
+
+@pytest.mark.parametrize("pos_embed", ["none", "sincos2d", "rope2d"])
+def test_position_information_is_for_any_grid_and_not_in_the_checkpoint(pos_embed):
+    model = small(pos_embed=pos_embed, conv="none").eval()
+    assert set(model.state_dict()) == set(small(conv="none").state_dict())
+    for size in ((64, 64), (32, 96)):
+        assert torch.isfinite(model(torch.randn(1, 3, *size))).all()
+    plain = small(conv="none").eval()
+    plain.load_state_dict(model.state_dict())
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(plain(x), model(x)) == (pos_embed == "none")
 
 
 def test_the_papers_count_term_by_term():
@@ -234,9 +262,18 @@ def test_unknown_arguments_are_type_errors():
         ({"num_heads": 3}, r"dim=32 is not divisible by 2 \* num_heads=6"),
         ({"conv": "5x5"}, "conv='5x5' is unknown"),
         ({"direction": "sideways"}, "direction='sideways' is unknown"),
+        (
+            {"pos_embed": "learned"},
+            "pos_embed='learned' is unknown; accepted: none, sincos2d, rope2d",
+        ),
+        ({"pos_embed": "sincos2d", "embed_dim": 36, "num_heads": 1}, None),
+        ({"pos_embed": "sincos2d", "embed_dim": 34, "num_heads": 1}, "divisible by 4, got 34"),
     ],
 )
 def test_unfit_arguments_are_named(kwargs, message):
+    if message is None:  # the neighbouring value that is accepted
+        small(**kwargs)
+        return
     with pytest.raises(ValueError, match=message):
         small(**kwargs)
 
