@@ -1,7 +1,8 @@
 """Train a vision backbone on ImageNet-1k, or on any folder of images.
 
 Two minutes on a CPU:   python train_imagenet.py --config quickstart
-One GPU:                python train_imagenet.py --config imagenet1k/metala_tiny --data-dir DIR
+ImageNet, one GPU:      python train_imagenet.py --config imagenet1k/metala_tiny --data-dir DIR
+                            --batch-size 256   (the recipe's 2048 wants several GPUs' memory)
 Any folder of images:   python train_imagenet.py --data-dir DIR --model metala_tiny --epochs 90
 
 DIR holds train/ and val/ with one folder per class. `--help` lists every key of a configuration;

@@ -47,7 +47,7 @@ def save_checkpoint(
         )
         torch.save(state, fresh / STATE_FILE)
         _replace(fresh, folder)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         shutil.rmtree(fresh, ignore_errors=True)
         raise UserError(f"cannot write checkpoint {folder}: {one_line(error)}") from error
 
@@ -69,5 +69,10 @@ def _replace(fresh: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
-    fresh.rename(folder)
+    try:
+        fresh.rename(folder)
+    except BaseException:  # Ctrl-C too: the name must not stay without a checkpoint
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)

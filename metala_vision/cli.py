@@ -12,6 +12,7 @@ from ._version import __version__
 from .config import SECTIONS, Config, load_config, nearest, shipped_configs
 from .errors import UserError, one_line
 
+PICTURES = (".png", ".pdf", ".svg")
 COMMANDS = {
     "train": "train a model on a folder of images",
     "visualize": "draw the scan orders",
@@ -88,6 +89,8 @@ def visualize_command(argv: list[str], prog: str) -> int:
         raise UserError(f"--grid takes 1 to 256 rows and columns, got {given.grid}")
     from .plots import scan_orders
 
+    if given.out.suffix.lower() not in PICTURES:
+        raise UserError(f"--out must end in one of {' '.join(PICTURES)}, got {given.out}")
     rows, columns = given.grid
     scan_orders(rows, columns, given.out)
     print(given.out)
@@ -161,6 +164,6 @@ def _value(key: str, text: str | list[str]) -> Any:
                 raise UserError(f"--model-kwargs takes key=value, got {name!r}")
         try:
             return {name: yaml.safe_load(value) for name, _, value in pairs}
-        except yaml.YAMLError as error:
+        except (ValueError, yaml.YAMLError) as error:
             raise UserError(f"--model-kwargs: {one_line(error)}") from error
     return None if text in ("null", ["null"]) else text

@@ -121,7 +121,7 @@ class DataConfig(Section):
     hflip: Probability = 0.5
     """Probability of a horizontal flip."""
     color_jitter: NonNegativeFloat = 0.0
-    """Strength of brightness, contrast and saturation jitter."""
+    """Strength of brightness, contrast and saturation jitter; timm drops it beside auto_augment."""
     auto_augment: str | None = None
     """timm's policy name, such as rand-m9-mstd0.5-inc1."""
     reprob: Probability = 0.0
@@ -236,9 +236,10 @@ def load_config(
     if name is not None:
         path = find_config(name)
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
             raise UserError(f"cannot read {path}: {one_line(error)}") from error
+        values = {} if values is None else values
         if not isinstance(values, dict):
             raise UserError(
                 f"{path} must be a mapping of {', '.join(SECTIONS)}, got {values!r:.80}"
@@ -252,7 +253,7 @@ def load_config(
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        section, *rest = error.errors()[0]["loc"]
+        section, *rest = error.errors()[0]["loc"] or ("",)
         typed = path is None or (rest and rest[0] in overrides.get(str(section), {}))
         source = "" if typed else f"{path}: "
         raise UserError(f"{source}{one_line(_explain(error))}") from error

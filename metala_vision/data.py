@@ -25,6 +25,7 @@ from .errors import UserError, one_line
 
 DATA_VARIABLE = "METALA_VISION_DATA"
 VAL_NAMES = ("val", "validation")
+SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test")
 _ENDINGS = f"endings read: {' '.join(IMG_EXTENSIONS)}"
 
 
@@ -162,6 +163,12 @@ def find_split(config: DataConfig) -> Split:
                 "to hold out part of one tree of class folders give --val-fraction 0.1"
             )
         tree = train_dir if train_dir.is_dir() else root
+        splits = [p.name for p in tree.iterdir() if p.is_dir() and p.name.lower() in SPLIT_NAMES]
+        if splits:
+            raise UserError(
+                f"{tree} holds {splits[0]}/, which is no class; the parts must be named train/ and "
+                "val/, or --data-dir be the tree to hold out from"
+            )
         return _hold_out(root, FolderSource(tree), config.val_fraction, seed, str(tree))
     if config.val_fraction is not None:
         raise UserError(

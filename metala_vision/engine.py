@@ -126,7 +126,7 @@ def evaluate(model: nn.Module, loader: DataLoader, accelerator: Accelerator) -> 
         hits = ranked == target[:, None]
         per_image = torch.stack([hits[:, 0], hits.any(1), loss, torch.ones_like(loss)], 1)
         gathered: Any = accelerator.gather_for_metrics(per_image)
-        sums += gathered.double().sum(0).cpu()
+        sums += gathered.cpu().double().sum(0)
     top1, top5, loss_sum, images = sums.tolist()
     if not math.isfinite(loss_sum):
         raise UserError(f"the loss of the evaluation is {loss_sum}")

@@ -8,6 +8,7 @@ curve.png          loss and accuracy over the steps
 best/, last/       checkpoints
 """
 
+import contextlib
 import errno
 import importlib.metadata
 import itertools
@@ -72,7 +73,9 @@ class RunFolder:
             raise UserError(f"cannot write {self.path / METRICS_FILE}: {error.strerror}") from error
 
     def close(self) -> None:
-        self.metrics.close()
+        """Close the metrics; every line was flushed when it was written."""
+        with contextlib.suppress(OSError):
+            self.metrics.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

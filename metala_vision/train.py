@@ -28,6 +28,11 @@ from .run_folder import RunFolder, read_metrics
 
 # Without a progress bar (output to a file), a line is printed this often, in seconds.
 LINE_INTERVAL = 30
+# What timm and torch raise for arguments that do not fit a model.
+BUILD_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError,
+    ValueError,
+)  # fmt: skip
 
 
 @dataclass
@@ -82,8 +87,9 @@ def create_model(config: ModelConfig, num_classes: int) -> nn.Module:
             model = timm.create_model(config.model, **given)  # a CNN: takes any size
         if config.grad_checkpointing:
             model.set_grad_checkpointing()  # pyright: ignore[reportCallIssue]
-    except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"cannot build {config.model}: {one_line(error)}") from error
+    except BUILD_ERRORS as error:
+        reason = one_line(error) or type(error).__name__
+        raise UserError(f"cannot build {config.model}: {reason}") from error
     return model
 
 
@@ -179,6 +185,11 @@ def train(config: Config, name: str = "train") -> TrainResult:
                 f"epoch {epoch:3d}/{epochs}  held-out loss {last.loss:.4f}  "
                 f"top-1 {last.top1:.2f}  top-5 {last.top5:.2f}"
             )
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory with data.batch_size={config.data.batch_size}; a smaller --batch-size "
+            "or --grad-checkpointing needs less"
+        ) from error
     except UserError as error:
         if not saved_step:
             raise

@@ -90,7 +90,8 @@ def _for_grid(name: str, Gh: int, Gw: int, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=128)
 def _cached(name: str, Gh: int, Gw: int, device: torch.device) -> Tensor:
-    return _build(name, Gh, Gw, device)
+    with torch.inference_mode(False):  # what is kept must serve training too
+        return _build(name, Gh, Gw, device)
 
 
 def _build(name: str, Gh: int, Gw: int, device: torch.device) -> Tensor:

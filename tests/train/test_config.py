@@ -75,6 +75,9 @@ def test_a_resolved_configuration_reads_back(tmp_path):
         ("- a\n- b", "must be a mapping of model, data, optim, run, got"),
         ("optim: [", "cannot read .*bad.yaml"),
         ("optim: 3", r"optim=3 does not fit"),
+        ("optim: on", r"optim takes no True \(YAML reads yes"),
+        ("optim: {lr: 2020-13-45}", "cannot read .*month must be in"),
+        ("[]", r"must be a mapping of model, data, optim, run, got \[\]"),
         ("optim: {epochs: on}", r"optim does not fit: epochs takes no True \(YAML reads yes"),
         ("optim: {lr: .inf}", r"optim\.lr=inf does not fit: .*finite"),
         ("optim: {betas: [0.9, 1.5]}", r"optim\.betas\.1=1\.5 does not fit"),
@@ -102,6 +105,7 @@ def test_a_mistake_in_a_file_is_one_line(text, message, tmp_path):
         (["--lr"], r"argument --lr: expected one argument"),
         (["--lr", "fast"], r"optim\.lr='fast' does not fit"),
         (["--model-kwargs", "depth"], r"--model-kwargs takes key=value, got 'depth'"),
+        (["--model-kwargs", "x=2020-13-45"], r"--model-kwargs: month must be in"),
         (["--config", "quickstarts"], r"no configuration 'quickstarts'.*shipped: .*quickstart"),
     ],
 )

@@ -143,6 +143,12 @@ def test_the_order_follows_the_seed(digit_tree):
     assert first_labels(1) == first_labels(1) != first_labels(2)
 
 
+def test_workers_and_batch_size_reach_the_loaders(digit_tree):
+    made = loaders(DataConfig(data_dir=digit_tree, batch_size=5, workers=2))
+    for loader in (made.train, made.val):
+        assert (loader.num_workers, loader.batch_size) == (2, 5)
+
+
 def test_an_incomplete_last_batch_is_dropped_in_training_only(digit_tree):
     made = loaders(DataConfig(data_dir=digit_tree, batch_size=10, workers=0))
     assert len(made.train) == 3 and sum(len(y) for _, y in made.val) == 12

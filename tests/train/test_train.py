@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from datetime import datetime
 
 import pytest
 import timm
@@ -85,12 +86,19 @@ def test_the_last_line_is_the_top1(digit_tree, tmp_path, capsys):
     assert last.startswith(f"top-1 {evaluation['top1']:.2f} % on 12 held-out images")
 
 
-def test_fresh_run_folders_do_not_collide(digit_tree, tmp_path):
+def test_fresh_run_folders_do_not_collide(digit_tree, tmp_path, monkeypatch):
+    class Stopped(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime(2026, 1, 2, 3, 4, 5)
+
+    monkeypatch.setattr("metala_vision.run_folder.datetime", Stopped)
     flags = arguments(digit_tree, "x", "--max-steps", "1", "--output", str(tmp_path))
     at = flags.index("--run-dir")
     del flags[at : at + 2]
     assert main(flags) == 0 and main(flags) == 0
-    assert len(list(tmp_path.iterdir())) == 2
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["train-20260102-030405", "train-20260102-030405-2"]
 
 
 def test_best_is_the_best_and_last_the_last(digit_tree, tmp_path):
@@ -160,12 +168,14 @@ def test_settings_that_only_change_the_execution(finished_run, digit_tree, tmp_p
     flags = ["--grad-checkpointing"]
     assert main(arguments(digit_tree, tmp_path / "run", *flags)) == 0
     assert metrics(tmp_path / "run") == metrics(finished_run)
+    config = ModelConfig(model="metala_nano", grad_checkpointing=True)
+    assert create_model(config, 3).grad_checkpointing
 
 
 def test_every_key_is_tried_by_these_tests():
     tried = {flags[0] for flags in SETTINGS} | {"--grad-checkpointing"}
     tried |= {flag for flag in arguments("x", "y") if flag.startswith("--")}
-    tried |= {"--output", "--val-fraction", "--split-seed", "--dataset"}  # in test_data.py, here
+    tried |= {"--output", "--val-fraction", "--split-seed", "--dataset"}  # here and in test_data.py
     keys = {key for section in SECTIONS.values() for key in section.model_fields}
     assert tried == {f"--{key.replace('_', '-')}" for key in keys}
 

@@ -19,6 +19,8 @@ def test_every_scan_order_is_drawn(tmp_path, capsys):
     [
         (["scans", "--grid", "0", "5"], "--grid takes 1 to 256 rows and columns, got [0, 5]"),
         (["scans", "--grid", "a", "5"], "invalid int value: 'a'"),
+        (["scans", "--out", "x.xyz"], "--out must end in one of .png .pdf .svg, got x.xyz"),
+        (["scans", "--out", "noext"], "--out must end in one of .png .pdf .svg, got noext"),
         (["attention"], "invalid choice: 'attention'"),
         (["scans", "--out", "/sys/kernel/x.png"], "cannot write /sys/kernel/x.png: "),
     ],

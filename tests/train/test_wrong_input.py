@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from metala_vision.checkpoint import save_checkpoint
+from metala_vision.checkpoint import copy_checkpoint, save_checkpoint
 from metala_vision.cli import main
-from metala_vision.config import ModelConfig
+from metala_vision.config import Config, ModelConfig
 from metala_vision.errors import UserError
+from metala_vision.run_folder import RunFolder
 from metala_vision.train import create_model
 from tests.conftest import SMALL_MODEL
 
@@ -93,6 +94,39 @@ def test_images_without_class_folders(capsys, own_digit_tree):
     assert line == f"{own_digit_tree / 'train' / 'digit0'} has no class folders"
 
 
+def test_split_folders_are_no_classes(capsys, own_digit_tree):
+    (own_digit_tree / "train").rename(own_digit_tree / "Train")
+    line = run(capsys, "--data-dir", own_digit_tree, "--val-fraction", "0.1")
+    assert line.startswith(f"{own_digit_tree} holds ") and "which is no class" in line
+
+
+def test_a_full_disk_under_the_metrics_is_one_line(tmp_path):
+    folder = RunFolder(Config.model_validate({"run": {"run_dir": tmp_path / "run"}}), "x")
+    folder.close()
+    folder.metrics = open("/dev/full", "w")  # noqa: SIM115  (closed by the folder)
+    with pytest.raises(UserError, match="No space left on device"):
+        folder.log("train", step=1)
+    folder.close()
+
+
+def test_a_failed_exchange_puts_the_old_checkpoint_back(tmp_path, monkeypatch):
+    for step in (1, 2):
+        folder = tmp_path / "new" if step == 2 else tmp_path / "last"
+        folder.mkdir()
+        (folder / "step").write_text(str(step))
+    rename = Path.rename
+
+    def fail_for_the_new(self, target):
+        if self.name == "last.new":
+            raise OSError("no more names")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_the_new)
+    with pytest.raises(UserError, match="no more names"):
+        copy_checkpoint(tmp_path / "new", tmp_path / "last")
+    assert (tmp_path / "last" / "step").read_text() == "1"
+
+
 def test_a_folder_for_the_digits(capsys, digit_tree):
     line = run(capsys, "--dataset", "digits", "--data-dir", digit_tree)
     assert line.startswith(f"data.dataset='digits' takes no data folder, got {digit_tree}")
@@ -136,6 +170,11 @@ def test_unreadable_image(capsys, own_digit_tree, tmp_path, workers):
         (["--auto-augment", "nonsense"], "auto_augment='nonsense'"),
         (["--model-kwargs", "num_classes=2"], "model.model_kwargs takes no num_classes=2"),
         (["--model", "metala_nano", "--model-kwargs", "mlp_ratio=-1"], "cannot build metala_nano"),
+        (
+            ["--model", "metala_nano", "--model-kwargs", "checkpoint_path=/nowhere.pth"],
+            "cannot build",
+        ),
+        (["--model", "deit_tiny_patch16_224", "--model-kwargs", "num_heads=0"], "cannot build"),
         (["--min-lr", "1"], "optim.min_lr=1.0 exceeds the peak learning rate"),
         (["--opt", "adahessian"], "optim.opt='adahessian' needs second derivatives"),
     ],
