@@ -4,13 +4,19 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test test-slow test-gpu check bench clean
+.PHONY: quickstart test test-export test-timm test-slow test-gpu check bench clean
 
 quickstart: $(READY)  ## train on scikit-learn's digits: curve, checkpoint, top-1
 	$(BIN)/python train_imagenet.py --config quickstart
 
 test: $(READY)  ## the fast tests
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not export and not gpu"
+
+test-export: $(READY)  ## the smallest model through AOTInductor and ONNX
+	$(BIN)/python -m pytest -m "export and not slow"
+
+test-timm: $(READY)  ## timm's own model tests over our models; FILTER names fewer
+	$(BIN)/python -m tests.timm_suite $(FILTER)
 
 test-slow: $(READY)  ## all tests that need no GPU
 	$(BIN)/python -m pytest -m "not gpu"

@@ -93,11 +93,17 @@ def test_the_order_is_noticed_when_broken(module, source):
     assert violations(source, module)
 
 
-def test_reference_and_chunked_know_neither_triton_nor_each_other():
+def test_the_definition_and_the_portable_form_know_neither_triton_nor_each_other():
+    portable = {f"{PACKAGE}.kernels.gated_linear_attention.{name}" for name in ("chunked", "pairs")}
     for module, path in modules().items():
-        if module.endswith((".reference", ".chunked")):
-            names = imports(path.read_text(), module, False)
-            assert all(name.split(".")[0] == "torch" for name in names), (module, names)
+        names = imports(path.read_text(), module, False)
+        if module.endswith(".reference"):
+            assert {name.split(".")[0] for name in names} == {"torch"}, module
+        if module in portable:
+            ours = {name for name in names if name.startswith(PACKAGE)}
+            assert ours <= portable, module
+            others = {name.split(".")[0] for name in names - ours}
+            assert others <= {"torch", "functools", "math"}, module
 
 
 def python(code, folder):

@@ -14,59 +14,44 @@ and a factor of j: both directions need the same factors. Between chunks, states
 log2(NC) doubling steps. There is no loop over tokens.
 """
 
+from math import inf
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metala_vision.kernels.gated_linear_attention.pairs import by_value, mild, tree
 
-def decay_and_key(gate: Tensor, gate_divisor: float) -> tuple[Tensor, Tensor, Tensor]:
-    """log alpha = logsigmoid(gate) / gate_divisor, alpha, and the key 1 - alpha.
+
+def values_at_hand(x: Tensor) -> bool:
+    """Whether Python may look at values: eager, on a CPU, under no transform of functorch."""
+    return (
+        type(x) is Tensor
+        and x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def decay_and_key(gate: Tensor, gate_divisor: float) -> tuple[Tensor, Tensor]:
+    """log alpha = logsigmoid(gate) / gate_divisor, and the key 1 - alpha.
 
     In float32, or float64 for a float64 gate: a 16-bit alpha near 1 would lose the key.
     """
     dtype = torch.float64 if gate.dtype == torch.float64 else torch.float32
     log_decay = F.logsigmoid(gate.to(dtype)) / gate_divisor
-    decay, key = _decay_and_key_of_log(log_decay)
-    return log_decay, decay, key
+    return log_decay, key_of(log_decay)
 
 
-def _decay_and_key_of_log(log_decay: Tensor) -> tuple[Tensor, Tensor]:
-    decay = log_decay.exp()
-    key = 1.0 - decay  # for the derivative, exactly -alpha; that of expm1 is 0 where alpha < eps
-    return decay, key + (-torch.expm1(log_decay) - key).detach()  # for the value, exact near 0
-
-
-def pair_tables(
-    L: int, direction: str, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The 0/1 tables of a chunk of L tokens with M levels.
-
-    rows [(M + 2) L, L]: which log decays add up to a token's exponent, per level; then those of
-        the tokens before it and those of the tokens after it.
-    keep [M, L, L]: which pairs (i, j) a level owns, in the direction asked for.
-    right [M, L, 1]: whether a token lies in the right half of its block.
-    """
-    token = torch.arange(L, device=device)
-    i, j = token.unsqueeze(1), token.unsqueeze(0)
-    apart = torch.bitwise_xor(i, j)
-    wanted = (j < i) if direction == "forward" else (j > i) if direction == "backward" else (j != i)
-    rows: list[Tensor] = []
-    keep: list[Tensor] = []
-    right: list[Tensor] = []
-    s = 1
-    while s < L:
-        in_right = torch.bitwise_and(i, s) > 0
-        rows.append((apart < s) & ((in_right & (j < i)) | (~in_right & (j > i))))
-        keep.append((apart >= s) & (apart < 2 * s) & wanted)
-        right.append(in_right)
-        s *= 2
-    if L == 1:  # no pairs: one empty level keeps the shapes
-        rows.append(j != i)
-        keep.append(j != i)
-        right.append(i > 0)
-    rows.append(j < i)
-    rows.append(j > i)
-    return torch.cat(rows).to(dtype), torch.stack(keep).to(dtype), torch.stack(right)
+def key_of(log_decay: Tensor) -> Tensor:
+    """1 - exp(log_decay), exact near 0 and near 1, and so is its derivative."""
+    exact = -torch.expm1(log_decay)
+    if not torch.is_grad_enabled():
+        return exact
+    # autograd takes expm1's derivative from its result: 0 instead of alpha where alpha < eps
+    key = 1.0 - log_decay.exp()
+    return key + (exact - key).detach()
 
 
 def states_before(
@@ -77,18 +62,68 @@ def states_before(
     added [B*H, NC, K, V]: by each chunk to the state. decay [B*H, NC, K, 1]: what it leaves of the
     state before it. `reverse` runs from the last chunk to the first.
     """
-    if reverse:
-        added, decay = added.flip(1), decay.flip(1)
     NC = added.shape[1]
     first = torch.zeros_like(added[:, :1]) if initial_state is None else initial_state.unsqueeze(1)
-    state = torch.cat([first, added[:, : NC - 1]], 1)
-    left = torch.cat([torch.ones_like(decay[:, :1]), decay[:, : NC - 1]], 1)
+    one = torch.ones_like(decay[:, :1])
+    if reverse:
+        state, left = torch.cat([added[:, 1:], first], 1), torch.cat([decay[:, 1:], one], 1)
+    else:
+        state, left = torch.cat([first, added[:, :-1]], 1), torch.cat([one, decay[:, :-1]], 1)
     s = 1
-    while s < NC:
-        state = torch.cat([state[:, :s], state[:, s:] + left[:, s:] * state[:, : NC - s]], 1)
-        left = torch.cat([left[:, :s], left[:, s:] * left[:, : NC - s]], 1)
+    while s < NC:  # state holds the sum over the s chunks before a chunk: take the s before those
+        e = NC - s
+        if reverse:
+            before = left[:, :e] * state[:, s:]
+            left = torch.cat([left[:, :e] * left[:, s:], left[:, e:]], 1)
+            if torch.is_grad_enabled():
+                state = torch.cat([state[:, :e] + before, state[:, e:]], 1)
+            else:
+                state[:, :e].add_(before)
+        else:
+            before = left[:, s:] * state[:, :e]
+            left = torch.cat([left[:, :s], left[:, s:] * left[:, :e]], 1)
+            if torch.is_grad_enabled():
+                state = torch.cat([state[:, :s], state[:, s:] + before], 1)
+            else:
+                state[:, s:].add_(before)
         s *= 2
-    last = decay[:, NC - 1] * state[:, NC - 1] + added[:, NC - 1]
+    last = 0 if reverse else NC - 1
+    return state, decay[:, last] * state[:, last] + added[:, last]
+
+
+def _all_mild(
+    gate: Tensor | None, log_decay: Tensor | None, gate_divisor: float, direction: str
+) -> bool:
+    """Whether every chunk of 64 tokens may take the anchor, by the lowest decay of all."""
+    lowest = torch.zeros(())
+    if gate is not None:
+        lowest = F.logsigmoid(gate.detach().amin().double()) / gate_divisor
+    elif log_decay is not None:
+        lowest = log_decay.detach().amin()
+    return mild(lowest.item(), 64, direction)
+
+
+def states_by_table(
+    added: Tensor, log_decay: Tensor, initial_state: Tensor | None, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """As `states_before`, from log_decay [B*H, NC, K], in a graph that is the same for every NC.
+
+    Of the weight of each chunk for each other one, NC^2 K of them: 0.1 GB a head at 512 chunks.
+    """
+    if reverse:
+        added, log_decay = added.flip(1), log_decay.flip(1)
+    NC = added.shape[1]
+    chunk = torch.arange(NC, device=added.device)
+    later, earlier = chunk.view(NC, 1, 1), chunk.view(1, NC, 1)
+    # Sums over the chunks between two, from terms <= 0 each: nothing is subtracted.
+    before = log_decay.roll(1, 1).unsqueeze(2)  # [B*H, NC, 1, K], of the chunk before
+    between = torch.where(later > earlier + 1, before, 0.0).cumsum(1)
+    weight = torch.where(later > earlier, between.exp(), 0.0)  # [B*H, NC, NC, K]
+    state = torch.einsum("bijk,bjkv->bikv", weight, added)
+    if initial_state is not None:
+        reached = torch.where(later > 0, before, 0.0).cumsum(1).exp()  # [B*H, NC, 1, K]
+        state = state + reached.transpose(2, 3) * initial_state.unsqueeze(1)
+    last = log_decay[:, -1].exp().unsqueeze(2) * state[:, -1] + added[:, -1]
     return state.flip(1) if reverse else state, last
 
 
@@ -100,12 +135,25 @@ def _visit(x: Tensor, order: Tensor) -> Tensor:
     return x.gather(x.dim() - 3, index.expand(x.shape))
 
 
-def _chunks(x: Tensor, NC: int, L: int) -> Tensor:
-    """[D, B, N, H, E] -> [D, B*H, NC, L, E], padded with zeros: no decay, no key, no value."""
+def _chunks(
+    x: Tensor,
+    order: Tensor | None,
+    NC: int,
+    L: int,
+    padded: bool,
+    dtype: torch.dtype,
+    padding: float = 0.0,
+) -> Tensor:
+    """x [B, N, H, E] or [D, B, N, H, E] in `order` -> [D, B*H*NC, L, E]."""
+    if order is not None:
+        x = _visit(x, order)
+    if x.dim() == 4:
+        x = x.unsqueeze(0)
     D, B, N, H, E = x.shape
-    if NC * L > N:
-        x = F.pad(x, [0, 0, 0, 0, 0, NC * L - N])
-    return x.transpose(2, 3).reshape(D, B * H, NC, L, E)
+    x = x.to(dtype)
+    if padded:
+        x = F.pad(x, [0, 0, 0, 0, 0, NC * L - N], value=padding)
+    return x.transpose(2, 3).reshape(D, B * H * NC, L, E)
 
 
 def chunked(
@@ -120,76 +168,70 @@ def chunked(
     order: Tensor | None,  # [N] or [H, N]
     initial_state: Tensor | None,  # [B, H, K, V]
     output_final_state: bool,
-    max_length: int = 32,  # of a chunk: shorter does more state updates, longer more pairs
+    max_length: int = 0,  # of a chunk: shorter does more state updates, longer more pairs
 ) -> tuple[Tensor, Tensor | None]:
     """Output [B, N, H, V] in q.dtype and, where asked for, the last state [B, H, K, V]."""
     B, N, H, K = q.shape
     V = v.shape[3]
     out_dtype = q.dtype
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    both = direction == "bidirectional"
+    look = False  # at values
+    any_size = False  # a graph for every N: nothing may depend on the number of chunks
+    limit = max_length if max_length > 0 else 32
+    if not torch.jit.is_scripting():
+        look = values_at_hand(q)
+        any_size = isinstance(N, torch.SymInt)
+        if look and max_length == 0 and _all_mild(gate, log_decay, gate_divisor, direction):
+            limit = 64  # the anchor's pairs cost less than the tree's: fewer chunks, fewer states
 
-    q, v = q.to(dtype), v.to(dtype)
-    if gate is not None:
-        log_alpha, alpha, key = decay_and_key(gate.to(dtype), gate_divisor)
+    if any_size:
+        L = 32
+        NC = N // L + 1  # always some padding, or the graph would hold for multiples of 32 only
     else:
-        log_alpha = torch.zeros_like(q) if log_decay is None else log_decay.to(dtype)
+        NC = (N + limit - 1) // limit
+        L = (N + NC - 1) // NC  # 196 tokens are 4 chunks of 49: no padding
+    padded = any_size or NC * L > N
+    q = scale * _chunks(q, order, NC, L, padded, dtype)[0]
+    v = _chunks(v, order, NC, L, padded, dtype)[0]
+    # Padding: no decay, no key, no value.
+    if gate is not None:
+        gate = _chunks(gate, order, NC, L, padded, dtype, inf)
+        log_alpha, key = decay_and_key(gate, gate_divisor)
+    elif log_decay is not None:
         # exp(-1e4) is 0 in float64 too: changes no value, keeps -inf out of sums with 0 * -inf
-        log_alpha = log_alpha.clamp_min(-1e4)
-        alpha, key = _decay_and_key_of_log(log_alpha)
+        log_alpha = _chunks(log_decay, order, NC, L, padded, dtype).clamp_min(-1e4)
+        key = q if k is not None else key_of(log_alpha)
+    else:
+        log_alpha, key = torch.zeros_like(q).unsqueeze(0), q
     if k is not None:
-        key = k.to(dtype)
-    if order is not None:
-        q, v, key = _visit(q, order), _visit(v, order), _visit(key, order)
-        log_alpha, alpha = _visit(log_alpha, order), _visit(alpha, order)
-    if log_alpha.dim() == 4:
-        log_alpha, alpha = log_alpha.unsqueeze(0), alpha.unsqueeze(0)
-    if key.dim() == 4:
-        key = key.unsqueeze(0)
-    own = (q * key).sum(4, keepdim=True).sum(0, keepdim=True)  # a token's weight in its own output
-    if both and key.shape[0] == 1:
-        own = 2.0 * own  # once per direction
-
-    NC = (N + max_length - 1) // max_length
-    L = (N + NC - 1) // NC  # 196 tokens are 7 chunks of 28: no padding
-    rows, keep, right = pair_tables(L, direction, q.device, dtype)
-    M = keep.shape[0]
-    qa, key = _chunks(q * alpha, NC, L), _chunks(key, NC, L)  # [D, B*H, NC, L, K]
-    log_alpha = _chunks(log_alpha, NC, L)
-    v, own = _chunks(v.unsqueeze(0), NC, L)[0], _chunks(own, NC, L)[0]
+        key = _chunks(k, order, NC, L, padded, dtype)
     D = log_alpha.shape[0]
-
-    exponent = torch.matmul(rows, log_alpha).reshape(D, B * H, NC, M + 2, L, K)
-    decay = exponent.exp()
-    # Queries and keys with their factors: of the levels, of the tokens before and of those after.
-    q_level, q_before, q_after = (decay * qa.unsqueeze(3)).split([M, 1, 1], 3)
-    k_level, k_before, k_after = (decay * key.unsqueeze(3)).split([M, 1, 1], 3)
-    if D == 2:  # forward pairs: the query is right of the key; backward pairs: left of it
-        q_level = torch.where(right, q_level[:1], q_level[1:])
-        k_level = torch.where(right, k_level[1:], k_level[:1])
-    weight = torch.matmul(q_level[0], k_level[0].transpose(3, 4))
-    weight = (weight * keep).sum(2) + torch.diag_embed(own.squeeze(3))  # [B*H, NC, L, L]
+    if torch.jit.is_scripting():
+        weight, queries, keys = tree(q, key, log_alpha, direction)
+    else:
+        weight, queries, keys = (by_value if look else tree)(q, key, log_alpha, direction)
     o = torch.matmul(weight, v)
 
     initial = initial_state
     if initial is not None:
         initial = initial.to(dtype).reshape(B * H, K, V)
     last: Tensor | None = None
-    if NC > 1 or initial is not None or output_final_state:
-        chunk_decay = log_alpha.sum(3).exp().unsqueeze(4)  # [D, B*H, NC, K, 1]
-        if direction != "backward":
-            added = torch.matmul(k_after[0].squeeze(2).transpose(2, 3), v)
-            state, last = states_before(added, chunk_decay[0], initial, False)
-            o = o + torch.matmul(q_before[0].squeeze(2), state)
-        if direction != "forward":
-            added = torch.matmul(k_before[D - 1].squeeze(2).transpose(2, 3), v)
-            state, last = states_before(added, chunk_decay[D - 1], initial, True)
-            o = o + torch.matmul(q_after[D - 1].squeeze(2), state)
+    if any_size or NC > 1 or initial is not None or output_final_state:
+        chunk_log_decay = log_alpha.sum(2).reshape(D, B * H, NC, K)
+        for r in range(len(keys)):
+            added = torch.matmul(keys[r].transpose(1, 2), v).reshape(B * H, NC, K, V)
+            reverse = direction == "backward" or r == 1
+            log_decays = chunk_log_decay[min(r, D - 1)]
+            if any_size:
+                state, last = states_by_table(added, log_decays, initial, reverse)
+            else:
+                state, last = states_before(added, log_decays.exp().unsqueeze(3), initial, reverse)
+            o = torch.baddbmm(o, queries[r], state.reshape(-1, K, V))
 
     o = o.reshape(B, H, NC * L, V)[:, :, :N].transpose(1, 2)
     if order is not None:
         o = _visit(o, torch.argsort(order, dim=-1))
-    o = (o * scale).to(out_dtype)
+    o = o.to(out_dtype)
     if output_final_state and last is not None:
         return o, last.reshape(B, H, K, V)
     return o, None

@@ -3,15 +3,15 @@
 from .block import Block
 from .conv import TokenConv
 from .metala import MetaLAMixer
-from .pos_embed import add_sincos2d, check_pos_embed
+from .pos_embed import SinCos2d, check_pos_embed
 from .scan import ORDERS, check_scans, inverse, scan_order
 
 __all__ = [
     "ORDERS",
     "Block",
     "MetaLAMixer",
+    "SinCos2d",
     "TokenConv",
-    "add_sincos2d",
     "check_pos_embed",
     "check_scans",
     "inverse",

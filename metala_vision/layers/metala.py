@@ -29,27 +29,53 @@ KEYS = ("decay", "projected")
 
 
 @register_notrace_function
-def self_augmentation(
-    q: Tensor, k: Tensor | None, gate: Tensor, v: Tensor, weight: Tensor, gate_divisor: float
+def decay_key(gate: Tensor, gate_divisor: float, like: Tensor) -> Tensor:
+    """The key 1 - alpha as a tensor of `like`'s dtype."""
+    return decay_and_key(gate, gate_divisor)[1].to(like.dtype)
+
+
+@register_notrace_function
+def attend(
+    q: Tensor,
+    k: Tensor | None,
+    turned_q: Tensor,
+    turned_k: Tensor | None,
+    v: Tensor,
+    gates: Tensor,
+    w_aug: Tensor | None,
+    gate_divisor: float,
+    direction: str,
+    order: Tensor | None,
 ) -> Tensor:
-    """sigmoid((q . (weight * k)) v) - 1/2: what a token adds to its own output.
+    """The operator, plus what each token adds to its own output (once, whatever the direction).
+
+        sigmoid((q . (w_aug * k)) v) - 1/2
 
     The half is the same in every channel, and the norm behind takes it away exactly. Kept, it
     would be a hundred times the output it is added to, and in 16 bits round that away.
 
-    q, k, gate [B, N, H, K], v [B, N, H, V], weight [H, K] -> [B, N, H, V] in v's dtype. k None is
-    1 - alpha.
+    The operator takes queries and keys turned by their position. q, k [B, N, H, K], gates
+    [D, B, N, H, K], v [B, N, H, V], w_aug [H, K] -> [B, N, H, V] in v's dtype. A k that is None
+    is 1 - alpha.
     """
-    if k is None:
-        _, _, k = decay_and_key(gate, gate_divisor)
-    own = (q * weight * k).sum(-1, keepdim=True).to(v.dtype)
-    return 0.5 * torch.tanh(0.5 * own * v)
-
-
-@register_notrace_function
-def decay_key(gate: Tensor, gate_divisor: float, like: Tensor) -> Tensor:
-    """The key 1 - alpha as a tensor of `like`'s dtype."""
-    return decay_and_key(gate, gate_divisor)[2].to(like.dtype)
+    scale = q.shape[3] ** -0.5
+    D = gates.shape[0]
+    if w_aug is not None and k is None and D == 1 and turned_k is None and q.device.type == "cpu":
+        # The portable form would make decay and key once more; a kernel reads less from the gate.
+        log_decay, key = decay_and_key(gates[0], gate_divisor)
+        o = gated_linear_attention_op(
+            turned_q, v, key, None, log_decay, gate_divisor, scale, direction, order
+        )
+    else:
+        gate = gates[0] if D == 1 else gates
+        o = gated_linear_attention_op(
+            turned_q, v, turned_k, gate, None, gate_divisor, scale, direction, order
+        )
+        key = decay_and_key(gates[0], gate_divisor)[1] if k is None else k
+    if w_aug is None:
+        return o
+    half = (q * (0.5 * w_aug) * key).sum(3, keepdim=True).to(v.dtype)
+    return 0.5 * torch.tanh(half * v) + o
 
 
 class MetaLAMixer(nn.Module):
@@ -177,11 +203,9 @@ class MetaLAMixer(nn.Module):
             if turned is None:
                 turned = decay_key(gates[0], self.gate_divisor, q)
             query, turned = rope2d(q, Gh, Gw), rope2d(turned, Gh, Gw)
-        o = gated_linear_attention_op(
-            query, v, turned, gates if D == 2 else gates[0], None, self.gate_divisor, K**-0.5,
-            self.direction, token_order(x, self.scans, H),
+        o = attend(
+            q, key, query, turned, v, gates, self.w_aug, self.gate_divisor, self.direction,
+            token_order(x, self.scans, H),
         )  # fmt: skip
-        if self.w_aug is not None:
-            o = o + self_augmentation(q, key, gates[0], v, self.w_aug, self.gate_divisor)
         o = F.layer_norm(o, [V], eps=self.norm_eps).reshape(B, Gh, Gw, C)
         return self.out_proj(o * F.silu(output_gate + self.output_gate_bias))

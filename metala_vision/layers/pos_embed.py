@@ -5,7 +5,7 @@ Gh x Gw the token grid, N = Gh * Gw tokens in raster order, C width, H heads, K 
 
 import torch
 from timm.layers import register_notrace_function
-from torch import Tensor
+from torch import Tensor, nn
 
 POS_EMBEDS = ("none", "sincos2d", "rope2d")
 
@@ -37,6 +37,14 @@ def add_sincos2d(x: Tensor) -> Tensor:
     rows = torch.cat([row.sin(), row.cos()], 1).unsqueeze(1).expand(Gh, Gw, C // 2)
     columns = torch.cat([column.sin(), column.cos()], 1).unsqueeze(0).expand(Gh, Gw, C // 2)
     return x + torch.cat([rows, columns], 2).to(x.dtype)
+
+
+class SinCos2d(nn.Module):
+    """`add_sincos2d` as a module without parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, Gh, Gw, C] -> [B, Gh, Gw, C]."""
+        return add_sincos2d(x)
 
 
 @register_notrace_function

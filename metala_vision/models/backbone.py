@@ -17,10 +17,11 @@ from timm.layers import (
     to_2tuple,
     trunc_normal_,
 )
-from timm.models import checkpoint_seq
+from timm.models import checkpoint, checkpoint_seq
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from metala_vision.layers import Block, add_sincos2d, check_pos_embed, check_scans
+from metala_vision.layers import Block, SinCos2d, check_pos_embed, check_scans
 
 jit_ignore: Any = torch.jit.ignore  # torch types the decorated function as a flag
 POOLS = ("avg", "max", "avgmax", "catavgmax", "")
@@ -132,11 +133,11 @@ class Backbone(nn.Module):
             strict_img_size=False,
             **dd,
         )
-        self.sincos2d = check_pos_embed(pos_embed) == "sincos2d"
-        if self.sincos2d and embed_dim % 4:
+        if check_pos_embed(pos_embed) == "sincos2d" and embed_dim % 4:
             raise ValueError(
                 f"pos_embed='sincos2d' needs embed_dim divisible by 4, got {embed_dim}"
             )
+        self.pos_embed = SinCos2d() if pos_embed == "sincos2d" else nn.Identity()
         scan_names = check_scans(scans)
         drop_path: Any = calculate_drop_path_rates(drop_path_rate, depth)
         blocks = []
@@ -209,12 +210,72 @@ class Backbone(nn.Module):
         self.head.reset(num_classes, pool_type=global_pool, **dd)
         self.head_hidden_size = self.head.num_features
 
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The features behind several blocks.
+
+        Args:
+            x: images [B, in_chans, height, width].
+            indices: of blocks; n stands for the last n, None for all.
+            norm: apply the final norm to each.
+            stop_early: leave out the blocks behind the last one asked for, and the final norm.
+            output_fmt: "NCHW" or "NHWC", of the intermediates.
+            intermediates_only: leave out the final features.
+        Returns:
+            The final features [B, Gh, Gw, C] and a list of [B, C, Gh, Gw] (or NHWC), or the list.
+        Raises:
+            ValueError: for another output_fmt. AssertionError (timm's): for an index out of range.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt={output_fmt} is unknown; accepted: NCHW, NHWC")
+        take, last = feature_take_indices(len(self.blocks), indices)
+        x = self._embed(x)
+        intermediates: list[Tensor] = []
+        for i, block in enumerate(self.blocks):
+            if i <= last or not stop_early:
+                if self.grad_checkpointing and not torch.jit.is_scripting():
+                    x = checkpoint(block, x)  # pyright: ignore[reportAssignmentType]
+                else:
+                    x = block(x)
+                if i in take:
+                    y = self.norm(x) if norm else x
+                    intermediates.append(y.permute(0, 3, 1, 2) if output_fmt == "NCHW" else y)
+        if intermediates_only:
+            return intermediates
+        if last == len(self.blocks) - 1 or not stop_early:
+            x = self.norm(x)
+        return x, intermediates
+
+    @jit_ignore
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the features behind these blocks do not need; their indices, counted from 0.
+
+        Every parameter that is left takes part in forward_features or, with the head, in forward.
+        """
+        take, last = feature_take_indices(len(self.blocks), indices)
+        self.blocks = nn.Sequential(*list(self.blocks)[: last + 1])
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
+
+    def _embed(self, x: Tensor) -> Tensor:
+        x = check_image(x, self.in_chans, self.patch_h, self.patch_w)
+        return self.pos_embed(self.patch_embed(x))
+
     def forward_features(self, x: Tensor) -> Tensor:
         """Images [B, in_chans, height, width] -> features [B, Gh, Gw, C], raster order."""
-        x = check_image(x, self.in_chans, self.patch_h, self.patch_w)
-        x = self.patch_embed(x)
-        if self.sincos2d:
-            x = add_sincos2d(x)
+        x = self._embed(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             x = checkpoint_seq(self.blocks, x)  # pyright: ignore[reportAssignmentType]
         else:

@@ -56,8 +56,34 @@ class MetaLA(Backbone):
         super().__init__(mixer, mlp_ratio=mlp_ratio, **kwargs)
 
 
+def checkpoint_filter_fn(state_dict: dict, model: MetaLA) -> dict:
+    """The weights of a checkpoint under our names: unwrapped, without the prefixes of wrappers."""
+    for key in ("state_dict", "model"):
+        if isinstance(state_dict.get(key), dict):
+            state_dict = state_dict[key]
+    cleaned = {}
+    for name, value in state_dict.items():
+        for prefix in ("module.", "_orig_mod."):
+            name = name.removeprefix(prefix)
+        cleaned[name] = value
+    return cleaned
+
+
 def _create_metala(variant: str, pretrained: bool, **kwargs) -> MetaLA:
-    return build_model_with_cfg(MetaLA, variant, pretrained, **kwargs)  # pyright: ignore
+    depth = kwargs.get("depth", 12)
+    quarters = tuple(sorted({max(1, depth * i // 4) - 1 for i in (1, 2, 3, 4)}))
+    return build_model_with_cfg(  # pyright: ignore[reportReturnType]
+        MetaLA,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={
+            "out_indices": quarters,
+            "feature_cls": "getter",
+            "flatten_sequential": True,
+        },
+        **kwargs,
+    )
 
 
 def _cfg(size: int = 224, patch: int = 16, **kwargs) -> dict:

@@ -6,7 +6,7 @@ import torch
 
 from metala_vision.layers import MetaLAMixer, inverse, scan_order
 from metala_vision.layers.scan import ANY_SIZE, check_scans, token_order
-from tests._numerics import normal, relative_rms
+from tests._numerics import SAME, normal, relative_rms
 
 NAMES = (
     "raster", "column", "snake", "diagonal", "hilbert", "morton", "spiral", "window(1)",
@@ -107,9 +107,9 @@ def test_scans_script_and_compile_to_the_same_numbers(name):
     model = small(scans=name, split_heads=isinstance(name, tuple)).eval()
     x = torch.randn(1, 3, 64, 48)
     expected = model(x)
-    assert torch.equal(torch.jit.script(model)(x), expected)
+    assert relative_rms(torch.jit.script(model)(x), expected) <= SAME
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), expected)
+    assert relative_rms(compiled(x), expected) <= SAME
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import timm
 import torch
 
 from metala_vision.models import Backbone, metala
+from tests._numerics import SAME, relative_rms
 
 MODELS = timm.list_models(module=metala.__name__.rsplit(".", 1)[1])
 # trainable parameters at 1000 classes; the two `_paper` counts reproduce the paper's 6.1M and
@@ -229,7 +230,7 @@ def test_a_saved_script_runs_without_the_package(tmp_path):
     code = (
         "import sys, warnings, torch; warnings.simplefilter('ignore')\n"
         "x, expected = torch.load('pair.pt')\n"
-        "assert torch.equal(torch.jit.load('model.pt')(x), expected)\n"
+        f"assert (torch.jit.load('model.pt')(x) - expected).norm() <= {SAME} * expected.norm()\n"
         "assert not any(name.startswith(('metala_vision', 'timm')) for name in sys.modules)"
     )
     done = subprocess.run(
@@ -242,7 +243,7 @@ def test_a_saved_script_runs_without_the_package(tmp_path):
 def test_a_script_gives_the_same_numbers():
     model = small().eval()
     x = torch.randn(2, 3, 64, 64)
-    assert torch.equal(torch.jit.script(model)(x), model(x))
+    assert relative_rms(torch.jit.script(model)(x), model(x)) <= SAME  # the tree, the anchor
 
 
 def test_unknown_arguments_are_type_errors():
