@@ -16,7 +16,7 @@ test-export: $(READY)  ## the smallest model through AOTInductor and ONNX
 	$(BIN)/python -m pytest -m "export and not slow"
 
 test-timm: $(READY)  ## timm's own model tests over our models; FILTER names fewer
-	$(BIN)/python -m tests.timm_suite $(FILTER)
+	$(BIN)/python -m tests.timm_suite $(if $(FILTER),'$(FILTER)')
 
 test-slow: $(READY)  ## all tests that need no GPU
 	$(BIN)/python -m pytest -m "not gpu"

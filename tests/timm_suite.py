@@ -69,7 +69,7 @@ def main() -> int:
         path = os.pathsep.join([folder, str(ROOT), os.environ.get("PYTHONPATH", "")])
         return subprocess.run(
             [sys.executable, "-m", "pytest", str(tests / "test_models.py"), "-p", "only_ours",
-             "-q", "-p", "no:cacheprovider", "--rootdir", str(tests), *arguments],
+             "-q", "-W", "ignore", "-p", "no:cacheprovider", "--rootdir", str(tests), *arguments],
             env={**os.environ, "PYTHONPATH": path, "TIMM_SUITE_FILTER": name_filter},
             cwd=tests.parent, check=False,
         ).returncode  # fmt: skip

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from metala_vision.kernels._impl import choose
 from metala_vision.kernels.gated_linear_attention.chunked import chunked
+from metala_vision.kernels.gated_linear_attention.library import portable
 from metala_vision.kernels.gated_linear_attention.reference import reference
 
 DIRECTIONS = ("forward", "backward", "bidirectional")
@@ -125,11 +126,22 @@ def _run(
         output_final_state,
     )  # fmt: skip
     device_type = q.device.type
+    if form is chunked and initial_state is None and not output_final_state and _in_graph(q):
+        return portable(*arguments[:9]), None
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         # Autocast would take the float32 exponents through a 16-bit product.
         with torch.autocast(device_type, enabled=False):
             return form(*arguments)
     return form(*arguments)
+
+
+def _in_graph(q: Tensor) -> bool:
+    """Whether torch.compile is at work for the CPU, without torch.export or functorch."""
+    if not torch.compiler.is_compiling() or q.device.type != "cpu":
+        return False
+    # not is_exporting(): torch.compile takes that for is_compiling() (torch 2.11)
+    exporting = getattr(torch.compiler, "_is_exporting_flag", True)
+    return not exporting and not torch._C._are_functorch_transforms_active()
 
 
 def _validate(

@@ -24,13 +24,14 @@ from metala_vision.kernels.gated_linear_attention.pairs import by_value, mild, t
 
 
 def values_at_hand(x: Tensor) -> bool:
-    """Whether Python may look at values: eager, on a CPU, under no transform of functorch."""
+    """Whether Python may look at values: eager, on a CPU, under no transform and no tracer."""
     return (
         type(x) is Tensor
         and x.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0  # make_fx, fake tensors
     )
 
 
@@ -95,7 +96,7 @@ def _all_mild(
     gate: Tensor | None, log_decay: Tensor | None, gate_divisor: float, direction: str
 ) -> bool:
     """Whether every chunk of 64 tokens may take the anchor, by the lowest decay of all."""
-    lowest = torch.zeros(())
+    lowest = torch.zeros((), device="cpu")
     if gate is not None:
         lowest = F.logsigmoid(gate.detach().amin().double()) / gate_divisor
     elif log_decay is not None:

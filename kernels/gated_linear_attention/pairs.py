@@ -102,7 +102,8 @@ def anchor_place(L: int, direction: str) -> int:
     """The token in front of which all pairs of a chunk meet.
 
     The middle halves the largest exponent. One direction alone meets where it enters: a token's
-    factors then hold nothing of what comes after it, and causality is exact, gradients included.
+    factors then hold nothing of what comes after it. Its output and gradients are free of the
+    future to the last bit, as long as that does not change the choice of chunk length or form.
     """
     return 0 if direction == "forward" else L if direction == "backward" else L // 2
 
@@ -115,7 +116,7 @@ def anchor_tables(L: int, place: int, dtype: torch.dtype) -> tuple[Tensor, Tenso
     On the CPU; kept, since making them takes as long as a product of theirs.
     """
     with torch.inference_mode(False):  # or a later training step could not save them
-        token = torch.arange(L)
+        token = torch.arange(L, device="cpu")  # whatever the default device
         i, t = token.unsqueeze(1), token.unsqueeze(0)
         right = t >= place
         signs = (right & (t <= i)).to(dtype) - (~right & (t > i)).to(dtype)

@@ -263,6 +263,7 @@ class Backbone(nn.Module):
         """
         take, last = feature_take_indices(len(self.blocks), indices)
         self.blocks = nn.Sequential(*list(self.blocks)[: last + 1])
+        self.feature_info = self.feature_info[: last + 1]
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:

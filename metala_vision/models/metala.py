@@ -63,8 +63,8 @@ def checkpoint_filter_fn(state_dict: dict, model: MetaLA) -> dict:
             state_dict = state_dict[key]
     cleaned = {}
     for name, value in state_dict.items():
-        for prefix in ("module.", "_orig_mod."):
-            name = name.removeprefix(prefix)
+        while name.startswith(("module.", "_orig_mod.")):
+            name = name.partition(".")[2]
         cleaned[name] = value
     return cleaned
 

@@ -83,7 +83,7 @@ def test_without_its_limit_the_anchor_breaks_the_error_rule(monkeypatch):
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_one_direction_does_not_change_by_a_bit_with_what_it_has_not_seen(direction):
+def test_one_direction_does_not_change_with_what_it_has_not_seen(direction):
     q, v, gate = (normal(1, 100, 2, e, seed=e, dtype=torch.float32) for e in (K, V, K))
     whole = gated_linear_attention(q, v, gate=gate, direction=direction)
     other = [x.clone() for x in (q, v, gate)]
@@ -94,6 +94,32 @@ def test_one_direction_does_not_change_by_a_bit_with_what_it_has_not_seen(direct
     changed = gated_linear_attention(other[0], other[1], gate=other[2], direction=direction)
     assert torch.equal(changed[:, seen], whole[:, seen])
     assert not torch.equal(changed[:, unseen], whole[:, unseen])
+    # a steep gate shortens all chunks: other roundings, the same function
+    other[2][:, unseen] = -100.0
+    changed = gated_linear_attention(other[0], other[1], gate=other[2], direction=direction)
+    assert relative_rms(changed[:, seen], whole[:, seen]) <= SAME
+
+
+def test_a_default_device_is_not_asked():
+    pairs.anchor_tables.cache_clear()
+    inputs = [normal(1, 21, 2, e, seed=e, dtype=torch.float32) for e in (K, V, K)]
+    expected = gated_linear_attention(inputs[0], inputs[1], gate=inputs[2], impl="reference")
+    pairs.anchor_tables.cache_clear()
+    for device in ("meta", "cpu"):
+        with torch.device(device):
+            found = gated_linear_attention(inputs[0], inputs[1], gate=inputs[2])
+            k = gated_linear_attention(inputs[0], inputs[1], inputs[2])
+        assert relative_rms(found, expected) <= SAME and k.device.type == "cpu"
+
+
+def test_tracers_are_not_looked_through():
+    inputs = [normal(1, 21, 2, e, seed=e, dtype=torch.float32) for e in (K, V, K)]
+
+    def function(q, v, gate):
+        return gated_linear_attention(q, v, gate=gate)
+
+    traced = torch.fx.experimental.proxy_tensor.make_fx(function)(*inputs)
+    assert relative_rms(traced(*inputs), function(*inputs)) <= SAME
 
 
 def test_inference_before_training_leaves_nothing_behind():

@@ -86,7 +86,7 @@ def test_a_pruned_model_gives_the_same_and_has_nothing_to_spare(i, prune_norm):
     model, x = shallow(global_pool="catavgmax"), images(2, 3, 64, 64)
     tap = model.forward_intermediates(x, indices=[i], intermediates_only=True)[0]
     assert model.prune_intermediate_layers([i], prune_norm=prune_norm) == [i]
-    assert len(model.blocks) == i + 1 and model.num_classes == 0
+    assert len(model.blocks) == len(model.feature_info) == i + 1 and model.num_classes == 0
     assert model.head_hidden_size == model.num_features == 128
     features = model.forward_features(x)
     assert torch.equal(features if prune_norm else model.norm(tap.permute(0, 2, 3, 1)),
@@ -152,7 +152,7 @@ def test_an_image_alone_is_the_image_in_a_batch(name):
 
 
 @pytest.mark.parametrize("wrap", [lambda w: w, lambda w: {"state_dict": w}, lambda w: {"model": w}])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+@pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod.", "_orig_mod.module."])
 def test_a_checkpoint_is_unwrapped_and_otherwise_left_alone(wrap, prefix):
     model = timm.create_model("metala_nano", num_classes=0)
     weights = {prefix + name: value for name, value in model.state_dict().items()}
