@@ -247,9 +247,9 @@ def test_compiles_without_a_graph_break():
     q, v, gate = (normal(B, 70, H, e, seed=e, dtype=torch.float32) for e in (K, V, K))
     compiled = torch.compile(gated_linear_attention, fullgraph=True, backend="aot_eager")
     eager = gated_linear_attention(q, v, gate=gate)
-    assert torch.equal(compiled(q, v, gate=gate), eager)
+    assert relative_rms(compiled(q, v, gate=gate), eager) <= SAME
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(compiled(q, v, gate=gate), eager)
+        assert relative_rms(compiled(q, v, gate=gate), eager) <= SAME
 
 
 def test_autocast_leaves_the_exponents_alone():

@@ -12,6 +12,10 @@ from metala_vision.kernels.gated_linear_attention.library import portable
 from tests._numerics import SAME, normal, relative_rms
 
 B, N, H, K, V = 2, 33, 2, 4, 6
+one_node = pytest.mark.skipif(
+    not hasattr(torch.compiler, "_is_exporting_flag"),
+    reason="before torch 2.7 a compilation cannot be told from an export, and inlines the tree",
+)
 
 
 def inputs(dtype=torch.float32, grad=True):
@@ -49,6 +53,7 @@ def graph_of(function, *arguments):
     return "".join(graphs), result
 
 
+@one_node
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_compiled_step_holds_one_node_and_gives_eagers_gradients(direction, autocast):
@@ -91,6 +96,7 @@ def test_states_and_exports_are_inlined():
         assert "metala_vision.gated" not in str(exported.graph)
 
 
+@one_node
 def test_a_second_derivative_is_refused_and_not_zero():
     x = inputs()
 
@@ -102,6 +108,7 @@ def test_a_second_derivative_is_refused_and_not_zero():
         torch.autograd.grad(compiled(x["q"], x["v"], x["gate"]), [x["gate"]], create_graph=True)
 
 
+@one_node
 def test_what_a_layer_passes_in_sixteen_bits():
     """q and v in bfloat16, key and decay in float32, gradients for some."""
     q, v = (normal(B, N, H, e, seed=e).bfloat16().requires_grad_() for e in (K, V))

@@ -38,7 +38,7 @@ def test_exports_any_batch():
 def test_exports_any_size(name):
     model = small(scans=name, direction="bidirectional")
     sizes = ({0: BATCH, 2: 8 * HEIGHT, 3: 8 * WIDTH},)
-    exported = export(model, (images(2, 3, 64, 48),), dynamic_shapes=sizes).module()
+    exported = export(model, (images(2, 3, 64, 48),), dynamic_shapes=sizes, strict=False).module()
     # 64 tokens fill chunks exactly, 40 and 99 do not, 1,024 need a deeper combination of states
     for batch, height, width in ((1, 64, 64), (2, 64, 40), (1, 72, 88), (1, 256, 256)):
         x = images(batch, 3, height, width)
