@@ -38,22 +38,14 @@ def _(q, v, k, gate, log_decay, gate_divisor, scale, direction, order):
     return torch.empty(v.shape, dtype=q.dtype, device=q.device)
 
 
-def _gradients(
-    d_o: Tensor,
-    q: Tensor,
-    v: Tensor,
-    k: Tensor | None,
-    gate: Tensor | None,
-    log_decay: Tensor | None,
-    gate_divisor: float,
-    scale: float,
-    direction: str,
-    order: Tensor | None,
-) -> list[Tensor]:
-    """Gradients of those of q, v, k, gate and log_decay that are given, in that order."""
-    given = [None if x is None else x.detach().requires_grad_() for x in (q, v, k, gate, log_decay)]
-    with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
-        o, _ = chunked(*given, gate_divisor, scale, direction, order, None, False)
+def _gradients(d_o: Tensor, *arguments) -> list[Tensor]:
+    """Gradients of those of q, v, k, gate and log_decay that are given, in that order.
+
+    arguments: those of `portable`, five tensors first.
+    """
+    given = [None if x is None else x.detach().requires_grad_() for x in arguments[:5]]
+    with torch.enable_grad(), torch.autocast(d_o.device.type, enabled=False):
+        o, _ = chunked(*given, *arguments[5:], None, False)
         gradients = torch.autograd.grad(o, [x for x in given if x is not None], d_o)
     return [gradient.contiguous() for gradient in gradients]
 
@@ -68,8 +60,8 @@ _library.impl("gated_linear_attention_backward", _gradients, "CPU")
 
 
 @torch.library.register_fake("metala_vision::gated_linear_attention_backward", lib=_library)
-def _(d_o, q, v, k, gate, log_decay, gate_divisor, scale, direction, order):
-    given = (x for x in (q, v, k, gate, log_decay) if x is not None)
+def _(d_o, *arguments):
+    given = (x for x in arguments[:5] if x is not None)
     return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in given]
 
 

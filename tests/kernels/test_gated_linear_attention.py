@@ -246,6 +246,7 @@ def test_a_log_decay_of_minus_infinity_forgets_everything(direction):
 def test_compiles_without_a_graph_break():
     q, v, gate = (normal(B, 70, H, e, seed=e, dtype=torch.float32) for e in (K, V, K))
     compiled = torch.compile(gated_linear_attention, fullgraph=True, backend="aot_eager")
+    # bit-equal from torch 2.7 on (test_library.py); before, the graph takes the tree
     eager = gated_linear_attention(q, v, gate=gate)
     assert relative_rms(compiled(q, v, gate=gate), eager) <= SAME
     with torch.autocast("cpu", torch.bfloat16):
