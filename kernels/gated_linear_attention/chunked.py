@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metala_vision.kernels.gated_linear_attention.pairs import by_value, mild, tree
+from metala_vision.kernels.gated_linear_attention.pairs import anchor, by_value, mild, tree
 
 
 def values_at_hand(x: Tensor) -> bool:
@@ -177,12 +177,14 @@ def chunked(
     out_dtype = q.dtype
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     look = False  # at values
+    all_mild = False
     any_size = False  # a graph for every N: nothing may depend on the number of chunks
     limit = max_length if max_length > 0 else 32
     if not torch.jit.is_scripting():
         look = values_at_hand(q)
         any_size = isinstance(N, torch.SymInt)
         if look and max_length == 0 and _all_mild(gate, log_decay, gate_divisor, direction):
+            all_mild = True
             limit = 64  # the anchor's pairs cost less than the tree's: fewer chunks, fewer states
 
     if any_size:
@@ -199,8 +201,10 @@ def chunked(
         gate = _chunks(gate, order, NC, L, padded, dtype, inf)
         log_alpha, key = decay_and_key(gate, gate_divisor)
     elif log_decay is not None:
-        # exp(-1e4) is 0 in float64 too: changes no value, keeps -inf out of sums with 0 * -inf
-        log_alpha = _chunks(log_decay, order, NC, L, padded, dtype).clamp_min(-1e4)
+        log_alpha = _chunks(log_decay, order, NC, L, padded, dtype)
+        if not all_mild:
+            # exp(-1e4) is 0 in float64 too: changes no value, keeps -inf out of sums with 0 * -inf
+            log_alpha = log_alpha.clamp_min(-1e4)
         key = q if k is not None else key_of(log_alpha)
     else:
         log_alpha, key = torch.zeros_like(q).unsqueeze(0), q
@@ -210,7 +214,8 @@ def chunked(
     if torch.jit.is_scripting():
         weight, queries, keys = tree(q, key, log_alpha, direction)
     else:
-        weight, queries, keys = (by_value if look else tree)(q, key, log_alpha, direction)
+        pairs = anchor if all_mild else by_value if look else tree
+        weight, queries, keys = pairs(q, key, log_alpha, direction)
     o = torch.matmul(weight, v)
 
     initial = initial_state
@@ -227,7 +232,11 @@ def chunked(
                 state, last = states_by_table(added, log_decays, initial, reverse)
             else:
                 state, last = states_before(added, log_decays.exp().unsqueeze(3), initial, reverse)
-            o = torch.baddbmm(o, queries[r], state.reshape(-1, K, V))
+            state = state.reshape(-1, K, V)
+            if look and not torch.is_grad_enabled():
+                o.baddbmm_(queries[r], state)
+            else:
+                o = torch.baddbmm(o, queries[r], state)
 
     o = o.reshape(B, H, NC * L, V)[:, :, :N].transpose(1, 2)
     if order is not None:

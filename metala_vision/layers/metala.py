@@ -75,7 +75,7 @@ def attend(
     if w_aug is None:
         return o
     half = (q * (0.5 * w_aug) * key).sum(3, keepdim=True).to(v.dtype)
-    return 0.5 * torch.tanh(half * v) + o
+    return torch.add(o, torch.tanh(half * v), alpha=0.5)
 
 
 class MetaLAMixer(nn.Module):
