@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from metala_vision.kernels._impl import choose
-from metala_vision.kernels.gated_linear_attention.chunked import chunked
+from metala_vision.kernels.gated_linear_attention import fused
+from metala_vision.kernels.gated_linear_attention.chunked import chunked, plainly_eager
 from metala_vision.kernels.gated_linear_attention.library import portable
 from metala_vision.kernels.gated_linear_attention.reference import reference
 
@@ -60,7 +61,9 @@ def gated_linear_attention(
         initial_state: [B, H, K, V], float32 or float64: the state before the first token visited.
             One direction only.
         output_final_state: also return the state after the last token visited. One direction only.
-        impl: "auto", "chunked" or "reference" ("triton" is refused until it is there).
+        impl: "auto", "triton", "chunked" or "reference". "triton" takes a raw gate without a key,
+            an order or states, in float16, bfloat16 or float32, on a GPU, and is not for
+            torch.compile. "auto" is "triton" where that is possible, compiled too, else "chunked".
     Returns:
         o [B, N, H, V] in q's dtype; with output_final_state, (o, S) with S [B, H, K, V] in float32
         (float64 for float64 q).
@@ -120,28 +123,59 @@ def _run(
     output_final_state: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor | None]:
-    form = {"chunked": chunked, "reference": reference}[choose(impl, ("chunked", "reference"))]
     arguments = (
         q, v, k, gate, log_decay, gate_divisor, scale, direction, order, initial_state,
         output_final_state,
     )  # fmt: skip
-    device_type = q.device.type
-    if form is chunked and initial_state is None and not output_final_state and _in_graph(q):
+    if initial_state is None and not output_final_state and _in_graph(q, impl):
         return portable(*arguments[:9]), None
+    form = choose(impl, _available(q, k, gate, order, initial_state, output_final_state, impl))
+    if form == "triton" and (impl == "triton" or plainly_eager(q)):
+        return fused.Fused.apply(q, v, gate, gate_divisor, scale, direction), None
+    function = reference if form == "reference" else chunked
+    device_type = q.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         # Autocast would take the float32 exponents through a 16-bit product.
         with torch.autocast(device_type, enabled=False):
-            return form(*arguments)
-    return form(*arguments)
+            return function(*arguments)
+    return function(*arguments)
 
 
-def _in_graph(q: Tensor) -> bool:
-    """Whether torch.compile is at work for the CPU, without torch.export or functorch."""
-    if not torch.compiler.is_compiling() or q.device.type != "cpu":
+def _available(
+    q: Tensor,
+    k: Tensor | None,
+    gate: Tensor | None,
+    order: Tensor | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    impl: str,
+) -> tuple[str, ...]:
+    """The implementations of this call, the one that "auto" stands for first."""
+    # Triton's interpreter, on the CPU, is for tests, and has to be asked for by name.
+    if q.device.type != "cuda" and impl != "triton":
+        return ("chunked", "reference")
+    if torch.compiler.is_compiling() or not fused.runs_on(q.device):
+        return ("chunked", "reference")
+    missing = fused.why_not(q, k, gate, order, initial_state, output_final_state)
+    if not missing:
+        return ("triton", "chunked", "reference")
+    if impl == "triton":
+        raise ValueError(f"impl='triton' does not take {missing}; accepted: auto, chunked")
+    return ("chunked", "reference")
+
+
+def _in_graph(q: Tensor, impl: str) -> bool:
+    """Whether torch.compile is at work, without torch.export or functorch, and takes one node."""
+    if not torch.compiler.is_compiling():
+        return False
+    # The node chooses as "auto" does.
+    if impl != "auto" and not (impl == "chunked" and q.device.type == "cpu"):
         return False
     # not is_exporting(): torch.compile takes that for is_compiling() (torch 2.11)
     exporting = getattr(torch.compiler, "_is_exporting_flag", True)
-    return not exporting and not torch._C._are_functorch_transforms_active()
+    if exporting or torch._C._are_functorch_transforms_active():
+        return False
+    return q.device.type in ("cpu", "cuda")
 
 
 def _validate(

@@ -23,11 +23,10 @@ from torch import Tensor
 from metala_vision.kernels.gated_linear_attention.pairs import anchor, by_value, mild, tree
 
 
-def values_at_hand(x: Tensor) -> bool:
-    """Whether Python may look at values: eager, on a CPU, under no transform and no tracer."""
+def plainly_eager(x: Tensor) -> bool:
+    """Whether eager Python computes with x itself: under no compiler, transform or tracer."""
     return (
         type(x) is Tensor
-        and x.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
@@ -181,7 +180,7 @@ def chunked(
     any_size = False  # a graph for every N: nothing may depend on the number of chunks
     limit = max_length if max_length > 0 else 32
     if not torch.jit.is_scripting():
-        look = values_at_hand(q)
+        look = q.device.type == "cpu" and plainly_eager(q)  # elsewhere it would wait
         any_size = isinstance(N, torch.SymInt)
         if look and max_length == 0 and _all_mild(gate, log_decay, gate_divisor, direction):
             all_mild = True

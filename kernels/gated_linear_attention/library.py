@@ -1,4 +1,4 @@
-"""The operator as one node of a compiled graph on the CPU.
+"""The operator as one node of a compiled graph: the kernels on a GPU, the portable form on a CPU.
 
 torch.compile cannot look at values, so inlined code would take the slower way through every chunk,
 and a model of twelve layers would take many minutes to compile. As one registered operator the
@@ -12,7 +12,14 @@ Letters as in api.py.
 import torch
 from torch import Tensor
 
+from metala_vision.kernels.gated_linear_attention import fused
 from metala_vision.kernels.gated_linear_attention.chunked import chunked
+
+
+def _takes_kernels(q, k, gate, order) -> bool:
+    if q.device.type == "cpu":  # the interpreter is for tests, and asked for by name
+        return False
+    return fused.runs_on(q.device) and not fused.why_not(q, k, gate, order, None, False)
 
 
 @torch.library.custom_op("metala_vision::gated_linear_attention", mutates_args=())
@@ -28,6 +35,9 @@ def portable(
     order: Tensor | None,
 ) -> Tensor:
     """`gated_linear_attention` in eager Python; [B, N, H, V], contiguous."""
+    if _takes_kernels(q, k, gate, order):
+        assert gate is not None
+        return fused.forward(q, v, gate, gate_divisor, scale, direction)
     with torch.autocast(q.device.type, enabled=False):
         o, _ = chunked(q, v, k, gate, log_decay, gate_divisor, scale, direction, order, None, False)
     return o.contiguous()
@@ -43,6 +53,9 @@ def _gradients(d_o: Tensor, *arguments) -> list[Tensor]:
 
     arguments: those of `portable`, five tensors first.
     """
+    q, v, k, gate, _, gate_divisor, scale, direction, order = arguments
+    if _takes_kernels(q, k, gate, order):
+        return list(fused.backward(d_o, q, v, gate, gate_divisor, scale, direction))
     given = [None if x is None else x.detach().requires_grad_() for x in arguments[:5]]
     with torch.enable_grad(), torch.autocast(d_o.device.type, enabled=False):
         o, _ = chunked(*given, *arguments[5:], None, False)
@@ -56,7 +69,8 @@ _library.define(
     "gated_linear_attention_backward(Tensor d_o, Tensor q, Tensor v, Tensor? k, Tensor? gate, "
     "Tensor? log_decay, float gate_divisor, float scale, str direction, Tensor? order) -> Tensor[]"
 )
-_library.impl("gated_linear_attention_backward", _gradients, "CPU")
+for _key in ("CPU", "CUDA"):
+    _library.impl("gated_linear_attention_backward", _gradients, _key)
 
 
 @torch.library.register_fake("metala_vision::gated_linear_attention_backward", lib=_library)

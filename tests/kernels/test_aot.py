@@ -1,0 +1,143 @@
+"""Every shipped configuration of the Triton kernels, compiled for GPUs that need not be there.
+
+`make test-kernels` compiles what the models need for every target and all configurations for an
+H100; `make test-slow` compiles everything for every target. No register may spill to memory, and
+no product may become one of Hopper's warp group instructions (kernels/README.md).
+"""
+
+import os
+import re
+import subprocess
+from itertools import product
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from metala_vision.kernels.gated_linear_attention import fused
+
+if fused.interpreted():
+    pytest.skip("nothing is compiled under TRITON_INTERPRET=1", allow_module_level=True)
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from metala_vision.kernels._triton import Launch
+from metala_vision.kernels.gated_linear_attention.triton_bwd import backward_launches
+from metala_vision.kernels.gated_linear_attention.triton_fwd import forward_launches
+
+pytestmark = pytest.mark.aot
+
+CUDA = {f"sm_{c}": GPUTarget("cuda", c, 32) for c in (80, 89, 90, 100, 120)}
+TARGETS = {**CUDA, "gfx942": GPUTarget("hip", "gfx942", 64)}
+TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+DOTS = {"bf16": torch.bfloat16, "fp16": torch.float16, "ieee": torch.float32, "tf32": torch.float32}
+# Widths that differ in tiles: one of 16, one of each, several of V, several of both.
+WIDTHS = ((16, 16), (32, 64), (32, 128), (64, 128), (128, 256))
+# Kernels that may spill so many bytes, and why. None does.
+MAY_SPILL: dict[str, int] = {}
+
+
+def launches(K, V, N, dot, direction):
+    """Those of one forward and one backward pass, on slices of one projection, as a layer has."""
+    B, H = 2, 3
+    x = torch.empty(B, N, H * (2 * K + V), dtype=DOTS[dot])
+    q, gate, v = (t.unflatten(2, (H, -1)) for t in x.split([H * K, H * K, H * V], 2))
+    d_o = torch.empty(B, N, H, V, dtype=DOTS[dot])
+    options = (16.0, K**-0.5, direction, "bf16" if dot == "fp16" else dot)
+    _, forward = forward_launches(q, v, gate, *options)
+    _, backward = backward_launches(d_o, q, v, gate, *options)
+    return [*forward, *backward]
+
+
+def source(launch: Launch) -> ASTSource:
+    """What Triton would compile for this launch: its types, and what it learns from the values."""
+    names = launch.kernel.arg_names
+    signature: dict[str, str] = dict.fromkeys(names, "constexpr")
+    constants, attributes = dict(launch.constants), {}
+    for i, (name, value) in enumerate(zip(names, launch.arguments, strict=False)):
+        if isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value == 1:
+            constants[name] = value
+        else:
+            signature[name] = "i32"
+        if isinstance(value, torch.Tensor) or (signature[name] == "i32" and value % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
+
+
+def compile_for(launch: Launch, target: GPUTarget, folder) -> tuple[int, int]:
+    """Bytes spilled, and how many warp group instructions there are."""
+    options = {"num_warps": launch.num_warps, "num_stages": 1}
+    compiled = triton.compile(source(launch), target=target, options=options)
+    if target.backend == "hip":
+        spilled = re.findall(r"\.vgpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"])
+        assert spilled, "the assembly has no .vgpr_spill_count"
+        return sum(map(int, spilled)), 0
+    (folder / "kernel").write_bytes(compiled.asm["cubin"])
+    tool = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin", "cuobjdump")
+    report = subprocess.run(
+        [tool, "-res-usage", str(folder / "kernel")], capture_output=True, text=True, check=True
+    )
+    stack = re.findall(r"STACK:(\d+)", report.stdout)
+    assert stack, report.stdout
+    return sum(map(int, stack)), len(re.findall(r"wgmma|tcgen05", compiled.asm["ptx"]))
+
+
+def check(target, K, V, N, dot, direction, folder):
+    seen = set()
+    for launch in launches(K, V, N, dot, direction):
+        name = launch.kernel.__name__
+        key = (name, tuple(launch.constants.items()))
+        if key in seen:
+            continue
+        seen.add(key)
+        spilled, warp_group = compile_for(launch, TARGETS[target], folder)
+        assert spilled <= MAY_SPILL.get(name, 0), (name, launch.constants, spilled)
+        assert warp_group == 0, (name, launch.constants)
+
+
+@pytest.mark.parametrize("N", [196, 300], ids=["one-segment", "segments"])
+@pytest.mark.parametrize(("K", "V"), WIDTHS)
+def test_every_width_compiles_for_an_h100(K, V, N, tmp_path):
+    check("sm_90", K, V, N, "bf16", "bidirectional", tmp_path)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_one_direction_compiles_for_an_h100(direction, tmp_path):
+    check("sm_90", 32, 64, 300, "bf16", direction, tmp_path)
+
+
+@pytest.mark.parametrize("dot", ["fp16", "ieee", "tf32"])
+def test_every_type_compiles_for_an_h100(dot, tmp_path):
+    check("sm_90", 32, 64, 300, dot, "bidirectional", tmp_path)
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if t != "sm_90"])
+def test_the_models_widths_compile_for_every_target(target, tmp_path):
+    check(target, 32, 64, 196, "bf16", "bidirectional", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "width", "N", "dot", "direction"),
+    list(product(TARGETS, WIDTHS, (196, 300), DOTS, ("forward", "backward", "bidirectional"))),
+)
+def test_everything_compiles_for_every_target(target, width, N, dot, direction, tmp_path):
+    check(target, *width, N, dot, direction, tmp_path)
+
+
+def test_a_spill_is_noticed(tmp_path):
+    forward = [x for x in launches(32, 64, 196, "ieee", "bidirectional") if "fwd" in str(x.kernel)]
+    crowded = forward[0]._replace(num_warps=1)
+    assert compile_for(crowded, TARGETS["sm_90"], tmp_path)[0] > 0
+
+
+def test_a_warp_group_instruction_is_noticed(tmp_path):
+    launch = launches(32, 64, 196, "bf16", "bidirectional")[1]
+    wide = launch._replace(constants={**launch.constants, "BK": 64}, num_warps=4)
+    assert compile_for(wide, TARGETS["sm_90"], tmp_path)[1] > 0

@@ -1,0 +1,310 @@
+"""The Triton kernels in Triton's interpreter, on the CPU: `make test-kernels`.
+
+The interpreter has float32 alone. bfloat16 products are the same kernels with operands rounded to
+bfloat16's values: DOT "rounded" in kernels/_triton.py.
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+
+from metala_vision.kernels.gated_linear_attention import (
+    DIRECTIONS,
+    fused,
+    gated_linear_attention,
+)
+from metala_vision.kernels.gated_linear_attention.reference import reference
+from tests._numerics import GATES, LENGTHS, SAME, bound, normal, relative_rms
+
+if not fused.interpreted():
+    pytest.skip("needs TRITON_INTERPRET=1: make test-kernels", allow_module_level=True)
+
+from metala_vision.kernels import _triton
+from metala_vision.kernels.gated_linear_attention import triton_bwd, triton_fwd
+
+pytestmark = [
+    pytest.mark.interpreter,
+    # Triton's interpreter on `range` of a kernel's number.
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
+]
+TAU = 16.0
+QUICK = (1, 2, 15, 16, 17, 49)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Memory that nothing has written yet is NaN."""
+    for owner, name in ((torch, "empty"), (torch.Tensor, "new_empty")):
+        make = getattr(owner, name)
+
+        def filled(*args, _make=make, **options):
+            x = _make(*args, **options)
+            return x.fill_(float("nan")) if x.is_floating_point() and len(x) else x
+
+        monkeypatch.setattr(owner, name, filled)
+
+
+def inputs(N, gates="N(0,1)", *, B=1, H=1, K=32, V=16, dtype=torch.float32):
+    """q, v, gate and d_o in float32, rounded to dtype."""
+    tensors = (
+        normal(B, N, H, K, seed=0),
+        normal(B, N, H, V, seed=1),
+        GATES[gates](normal(B, N, H, K, seed=2)),
+        normal(B, N, H, V, seed=3),
+    )
+    return [x.to(dtype).float() for x in tensors]
+
+
+def run(q, v, gate, d_o, direction, dot):
+    """o and the gradients of q, v and gate, by the kernels."""
+    scale = q.shape[3] ** -0.5
+    o, launches = triton_fwd.forward_launches(q, v, gate, TAU, scale, direction, dot)
+    gradients, more = triton_bwd.backward_launches(d_o, q, v, gate, TAU, scale, direction, dot)
+    for launch in (*launches, *more):
+        launch.run()
+    return {"o": o, "q": gradients[0], "v": gradients[1], "gate": gradients[2]}
+
+
+def truth(q, v, gate, d_o, direction):
+    """The same by the recurrence and autograd, in float64."""
+    given = [x.double().requires_grad_() for x in (q, v, gate)]
+    scale = q.shape[3] ** -0.5
+    o, _ = reference(
+        given[0], given[1], None, given[2], None, TAU, scale, direction, None, None, False
+    )
+    gradients = torch.autograd.grad(o, given, d_o.double())
+    return {"o": o.detach(), **dict(zip(("q", "v", "gate"), gradients, strict=True))}
+
+
+def errors(N, gates, direction, dot, **shape):
+    """Relative RMS error of the output and of every gradient."""
+    tensors = inputs(N, gates, dtype=torch.bfloat16 if dot == "rounded" else torch.float32, **shape)
+    ours, exact = run(*tensors, direction, dot), truth(*tensors, direction)
+    return {name: relative_rms(ours[name], exact[name]) for name in exact}
+
+
+def assert_rule(measured, dot):
+    dtype = torch.bfloat16 if dot == "rounded" else torch.float32
+    for name, error in measured.items():
+        assert error <= bound(dtype, name), (name, error)
+
+
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("N", QUICK)
+def test_every_gate_set_meets_the_rule(N, gates):
+    assert_rule(errors(N, gates, "bidirectional", "ieee"), "ieee")
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("gates", GATES)
+def test_bfloat16_products_meet_the_rule(gates, direction):
+    assert_rule(errors(33, gates, direction, "rounded"), "rounded")
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("gates", GATES)
+def test_one_direction_meets_the_rule(gates, direction):
+    assert_rule(errors(33, gates, direction, "ieee"), "ieee")
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("N", [256, 257])
+def test_one_segment_and_two_meet_the_rule(N, direction):
+    gates = "half-100-half+8" if direction == "bidirectional" else "N(0,1)"
+    assert_rule(errors(N, gates, direction, "ieee", K=16), "ieee")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dot", ["ieee", "rounded"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("N", LENGTHS)
+def test_everything_meets_the_rule(N, gates, direction, dot):
+    assert_rule(errors(N, gates, direction, dot, H=2, V=64), dot)
+
+
+@pytest.mark.parametrize(
+    ("K", "V", "N"), [(1, 1, 20), (5, 3, 20), (32, 64, 40), (33, 65, 20), (64, 128, 20), (128, 100, 17), (33, 5, 257)]
+)  # fmt: skip
+def test_every_width_meets_the_rule(K, V, N):
+    measured = errors(N, "half-100-half+8", "bidirectional", "ieee", K=K, V=V)
+    assert_rule(measured, "ieee")
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    st.integers(1, 40), st.integers(1, 2), st.integers(1, 3), st.integers(1, 40),
+    st.integers(1, 70), st.sampled_from(DIRECTIONS), st.sampled_from(list(GATES)),
+)  # fmt: skip
+def test_any_shape_meets_the_rule(N, B, H, K, V, direction, gates):
+    assert_rule(errors(N, gates, direction, "ieee", B=B, H=H, K=K, V=V), "ieee")
+
+
+@pytest.mark.parametrize("limit", [1.0, -float("inf")], ids=["tree", "anchor"])
+def test_either_form_alone_is_right_for_mild_gates(limit, monkeypatch):
+    monkeypatch.setattr(triton_fwd, "ANCHOR_LIMIT", limit)
+    for dot in ("ieee", "rounded"):
+        assert_rule(errors(40, "N(0,1)", "bidirectional", dot), dot)
+
+
+def test_the_anchor_without_its_limits_breaks_the_rule(monkeypatch):
+    monkeypatch.setattr(triton_fwd, "ANCHOR_LIMIT", -float("inf"))
+    monkeypatch.setattr(triton_bwd, "STEP_LIMIT", -float("inf"))
+    with pytest.raises(AssertionError), pytest.warns(RuntimeWarning):  # NumPy's, of an overflow
+        assert_rule(errors(40, "half-300-half+8", "bidirectional", "ieee"), "ieee")
+
+
+def test_operands_rounded_alike_are_what_lets_the_anchor_subtract(monkeypatch):
+    """Not rounding what is multiplied elementwise leaves the products' rounding in the sums."""
+    monkeypatch.setattr(triton_bwd, "STEP_LIMIT", -100.0)
+    worst = "hundredth-200-rest+20"
+    alike = errors(33, worst, "bidirectional", "rounded")["gate"]
+    monkeypatch.setattr(triton_bwd, "operand", lambda x, DOT: x)
+    assert errors(33, worst, "bidirectional", "rounded")["gate"] > 2 * alike
+
+
+def test_rounded_operands_are_bfloat16s():
+    x = torch.cat([normal(100, seed=i).float() * 10.0**i for i in range(-30, 31, 6)])
+    x = torch.cat([x, torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 0.0, -0.0])])  # ties, both ways
+    x = torch.nn.functional.pad(x, (0, 2048 - len(x)))
+    y = torch.empty_like(x)
+
+    @_triton.triton.jit
+    def kernel(p_x, p_y, DOT: _triton.tl.constexpr):
+        o = _triton.tl.arange(0, 2048)
+        _triton.tl.store(p_y + o, _triton.operand(_triton.tl.load(p_x + o), DOT))
+
+    kernel[(1,)](x, y, "rounded")
+    assert torch.equal(y, x.bfloat16().float())
+
+
+@pytest.mark.parametrize("value", [-300.0, 300.0])
+def test_extreme_gates_stay_finite(value):
+    q, v, gate, d_o = inputs(20)
+    for dot in ("ieee", "rounded"):
+        ours = run(q, v, torch.full_like(gate, value), d_o, "bidirectional", dot)
+        assert all(torch.isfinite(x).all() for x in ours.values())
+
+
+def test_strided_inputs_give_the_same_bits():
+    B, N, H, K, V = 2, 20, 2, 8, 16
+    q, v, gate, d_o = inputs(N, B=B, H=H, K=K, V=V)
+    plain = run(q, v, gate, d_o, "bidirectional", "ieee")
+    together = torch.cat([x.flatten(2) for x in (q, gate, v)], 2)  # as one projection gives them
+    q2, gate2, v2 = (
+        x.unflatten(2, (H, -1)) for x in together.split([H * K, H * K, H * V], 2)
+    )
+    q2 = q2.transpose(1, 2).contiguous().transpose(1, 2)  # heads first
+    strided = run(q2, v2, gate2, d_o.transpose(0, 1).contiguous().transpose(0, 1), "bidirectional", "ieee")
+    assert not v2.is_contiguous() and not q2.is_contiguous()
+    for name, x in plain.items():
+        assert torch.equal(x, strided[name]), name
+
+
+def test_a_sample_alone_gives_the_bits_it_gives_in_a_batch_and_every_time():
+    q, v, gate, d_o = inputs(20, B=2, H=2)
+    both = run(q, v, gate, d_o, "bidirectional", "ieee")
+    again = run(q, v, gate, d_o, "bidirectional", "ieee")
+    second = run(*(x[1:] for x in (q, v, gate, d_o)), "bidirectional", "ieee")
+    for name, x in both.items():
+        assert torch.equal(x, again[name]) and torch.equal(x[1:], second[name]), name
+
+
+def test_one_direction_ends_where_the_future_begins():
+    """Outputs before a token are the same to the last bit, whatever comes from it on."""
+    q, v, gate, d_o = inputs(40)
+    changed = gate.clone()
+    changed[:, 20:] += 1.0
+    o = run(q, v, gate, d_o, "forward", "ieee")["o"]
+    other = run(q, v, changed, d_o, "forward", "ieee")["o"]
+    assert torch.equal(o[:, :20], other[:, :20]) and not torch.equal(o[:, 20:], other[:, 20:])
+
+
+# The way in: impl="triton".
+
+
+def leaves(**shape):
+    q, v, gate, d_o = inputs(20, **shape)
+    return [x.requires_grad_() for x in (q, v, gate)], d_o
+
+
+def test_the_function_takes_the_kernels_by_name_and_agrees_with_the_portable_form():
+    results = []
+    for impl in ("triton", "chunked"):
+        (q, v, gate), d_o = leaves(H=2)
+        o = gated_linear_attention(q, v, gate=gate, impl=impl)
+        assert ("Fused" in type(o.grad_fn).__name__) == (impl == "triton")
+        results.append([o.detach(), *torch.autograd.grad(o, (q, v, gate), d_o)])
+    for ours, other in zip(*results, strict=True):
+        assert relative_rms(ours, other) <= SAME
+
+
+def test_auto_leaves_the_interpreter_alone():
+    (q, v, gate), _ = leaves()
+    o = gated_linear_attention(q, v, gate=gate)
+    assert "Fused" not in type(o.grad_fn).__name__
+
+
+def test_only_the_inputs_are_saved():
+    (q, v, gate), _ = leaves()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        gated_linear_attention(q, v, gate=gate, impl="triton")
+    assert {x.data_ptr() for x in saved} == {x.data_ptr() for x in (q, v, gate)}
+    assert len(saved) == 3
+
+
+def test_checkpointing_autocast_and_a_gradient_for_one_input():
+    (q, v, gate), d_o = leaves()
+    plain = torch.autograd.grad(gated_linear_attention(q, v, gate=gate, impl="triton"), gate, d_o)
+    with torch.autocast("cpu", torch.bfloat16):
+        o = checkpoint(
+            lambda: gated_linear_attention(q, v, gate=gate, impl="triton"), use_reentrant=False
+        )
+        assert o.dtype == torch.float32
+    assert torch.equal(torch.autograd.grad(o, gate, d_o)[0], plain[0])
+
+
+def test_an_expanded_incoming_gradient():
+    (q, v, gate), _ = leaves()
+    o = gated_linear_attention(q, v, gate=gate, impl="triton")
+    of_sum = torch.autograd.grad(o.sum(), q, retain_graph=True)[0]
+    assert torch.equal(of_sum, torch.autograd.grad(o, q, torch.ones_like(o))[0])
+
+
+def test_second_derivatives_are_the_portable_forms():
+    results = []
+    for impl in ("triton", "chunked"):
+        (q, v, gate), d_o = leaves(K=4, V=4)
+        o = gated_linear_attention(q, v, gate=gate, impl=impl)
+        (first,) = torch.autograd.grad(o, gate, d_o[..., :4], create_graph=True)
+        results.append(torch.autograd.grad(first.square().sum(), q)[0])
+    assert relative_rms(*results) <= SAME
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k": torch.zeros(1, 4, 1, 8)}, "impl='triton' does not take a key; accepted: auto"),
+        ({"gate": torch.zeros(2, 1, 4, 1, 8)}, "does not take one gate per direction"),
+        ({"order": torch.arange(4)}, "does not take an order"),
+        ({"direction": "forward", "output_final_state": True}, "does not take states"),
+        (
+            {"q": torch.zeros(1, 4, 1, 8).half(), "v": torch.zeros(1, 4, 1, 8).half()},
+            r"does not take torch\.float16 in Triton's interpreter",
+        ),
+        (
+            {"q": torch.zeros(1, 4, 1, 8).double(), "v": torch.zeros(1, 4, 1, 8).double()},
+            "does not take float64",
+        ),
+        ({"q": torch.zeros(1, 0, 1, 8), "v": torch.zeros(1, 0, 1, 8)}, "no dimension may be 0"),
+        ({"q": torch.zeros(1, 4, 1, 129)}, "K <= 128 and V <= 256 are supported, got K=129"),
+    ],
+)
+def test_what_the_kernels_do_not_take_is_named(changes, message):
+    arguments = {"q": torch.zeros(1, 4, 1, 8), "v": torch.zeros(1, 4, 1, 8)}
+    arguments["gate"] = torch.zeros(1, 4, 1, 8)
+    with pytest.raises(ValueError, match=message):
+        gated_linear_attention(**{**arguments, **changes}, impl="triton")
