@@ -78,7 +78,8 @@ def decay_and_key(gate, rate, DOT: tl.constexpr):
     """
     x = gate.to(tl.float32)
     w = tl.exp(-tl.abs(x))
-    # log(1 + w) = 2 artanh(z), z = w / (2 + w) <= 1/3; left out is y^8 / 17 < 2^-29, y^4 / 9 < 2^-15
+    # log(1 + w) = 2 artanh(z), z = w / (2 + w) <= 1/3.
+    # Left out is y^8 / 17 < 2^-29, and with 16-bit operands y^4 / 9 < 2^-15.
     z = w / (2.0 + w)
     y = z * z
     p = y * (1.0 / 7) + 1.0 / 5
@@ -92,7 +93,7 @@ def decay_and_key(gate, rate, DOT: tl.constexpr):
     p = p * y + 1.0
     log_decay = (tl.minimum(x, 0.0) - 2.0 * z * p) * rate
     alpha = tl.exp(log_decay)
-    # 1 - exp(a) for a > -1/4 as a series; left out is a^7 / 8! < 2^-29, a^4 / 5! < 2^-14
+    # 1 - exp(a) for a > -1/4 as a series; left out is a^7 / 8! < 2^-29, or a^4 / 5! < 2^-14
     p = 1.0 + log_decay * (1.0 / 4)
     if DOT != "bf16" and DOT != "rounded":
         p = 1.0 + log_decay * (1.0 / 7)

@@ -53,12 +53,22 @@ def imports(source, module, is_package):
     return names
 
 
+def may_import_triton(module):
+    """The kernels themselves, and what imports them when a call needs one."""
+    name = module.split(".")[-1]
+    return layer(module) == "kernels" and (
+        name.startswith(("triton_", "_triton")) or name == "fused"
+    )
+
+
 def violations(source, module, is_package=False):
     """Imports of this module that its layer may not make."""
     own = layer(module)
     bad = []
     for name in imports(source, module, is_package):
         top = name.split(".")[0]
+        if top == "triton" and may_import_triton(module):
+            continue
         if top == PACKAGE:
             other = layer(name)
             if own and other and ORDER.index(other) > ORDER.index(own):
@@ -82,6 +92,8 @@ def test_imports_go_one_way():
         ("metala_vision.kernels.x.api", "import timm"),
         ("metala_vision.kernels.x.api", "from metala_vision.layers import Block"),
         ("metala_vision.kernels.x.api", "import numpy"),
+        ("metala_vision.kernels.x.api", "import triton"),
+        ("metala_vision.kernels.x.fused", "import numpy"),
         ("metala_vision.layers.x", "from metala_vision.models.backbone import Backbone"),
         ("metala_vision.layers.x", "from ..models import backbone"),
         ("metala_vision.models.x", "from metala_vision.train import train"),
@@ -115,7 +127,10 @@ def python(code, folder):
 
 
 def test_every_module_imports_with_triton_blocked():
-    names = sorted(modules())
+    names = sorted(
+        name for name in modules() if not name.split(".")[-1].lstrip("_").startswith("triton")
+    )
+    assert len(names) > 15
     code = (
         "import sys, importlib; sys.modules['triton'] = None\n"
         f"for name in {names}: importlib.import_module(name)\n"

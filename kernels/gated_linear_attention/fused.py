@@ -23,7 +23,7 @@ def interpreted() -> bool:
 
 @cache
 def runs_on(device: torch.device) -> bool:
-    """Whether there are kernels for a device: a GPU of compute capability 8.0 or later, or AMD's."""
+    """Whether there are kernels for a device: a GPU of compute capability 8.0 on, or AMD's."""
     if device.type == "cpu":
         return interpreted()
     if device.type != "cuda" or not torch.cuda.is_available():

@@ -19,9 +19,20 @@ from metala_vision.kernels._triton import (
     sums,
     tile,
 )
-
-from .triton_fwd import anchor_place, anchor_side, level_tables, mild, wanted
-from .triton_states import CHUNK, configure, entering_segments, num_slots, states_launch
+from metala_vision.kernels.gated_linear_attention.triton_fwd import (
+    anchor_place,
+    anchor_side,
+    level_tables,
+    mild,
+    wanted,
+)
+from metala_vision.kernels.gated_linear_attention.triton_states import (
+    CHUNK,
+    configure,
+    entering_segments,
+    num_slots,
+    states_launch,
+)
 
 # The anchor subtracts, exactly but for float32's rounding, in which a steep token among mild ones
 # drowns: of one token's log2 decay, the least where the gradient takes the anchor.
@@ -94,6 +105,97 @@ def gradients_by_anchor(qa, k, log2_decay, d_weight, d_weight_t, r, PLACE: tl.co
 
 
 @triton.jit
+def key_factors(log2_decay, k, DOT: tl.constexpr):
+    """k with the decay of the tokens before it, and of those after it."""
+    r = tl.arange(0, log2_decay.shape[0])
+    i, j = r[:, None], r[None, :]
+    before = tl.exp2(sums(j < i, log2_decay, DOT))
+    after = tl.exp2(sums(j > i, log2_decay, DOT))
+    return k * before, k * after, before, after
+
+
+@triton.jit
+def gradients_of_channels(
+    p_q, p_gate, p_v, p_do, p_states, p_dq, p_dgate, d_weight, d_weight_t, d_own, m, i_k,
+    H, rate, scale, q_n, gate_n, v_n, do_n,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr,
+    LEVELS: tl.constexpr, PLACE: tl.constexpr, KV: tl.constexpr, DIRECTION: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    """d_q and d_gate of a chunk in one tile of K, stored; its part of the weights transposed, and
+    its keys with the decay before and after them."""
+    # Slots; one that the direction does not have is not read.
+    KEYS_LEFT: tl.constexpr = 0
+    KEYS_RIGHT: tl.constexpr = 1 if DIRECTION == "bidirectional" else 0
+    QUERIES_LEFT: tl.constexpr = 2 if DIRECTION == "bidirectional" else 1
+    QUERIES_RIGHT: tl.constexpr = 3 if DIRECTION == "bidirectional" else 1
+    OWN: tl.constexpr = 2.0 if DIRECTION == "bidirectional" else 1.0
+    L: tl.constexpr = d_own.shape[0]
+    r = tl.arange(0, L)
+    i, j = r[:, None], r[None, :]
+    c_k = i_k * BK + tl.arange(0, BK)
+    # 1. What needs the states: pairs with one token outside of the chunk, or both.
+    d_q_left = tl.zeros([L, BK], tl.float32)
+    d_k_left = tl.zeros([L, BK], tl.float32)
+    d_q_right = tl.zeros([L, BK], tl.float32)
+    d_k_right = tl.zeros([L, BK], tl.float32)
+    through = tl.zeros([BK], tl.float32)
+    for i_v in range(0, NV):
+        c_v = i_v * BV + tl.arange(0, BV)
+        o_state = c_k[:, None] * (NV * BV) + c_v[None, :]
+        v = tile(p_v, v_n, r, c_v, m, V, 0.0)
+        d_o = tile(p_do, do_n, r, c_v, m, V, 0.0)
+        if DIRECTION != "backward":
+            keys = tl.load(p_states + KEYS_LEFT * KV + o_state)
+            queries = tl.load(p_states + QUERIES_RIGHT * KV + o_state)
+            d_q_left += product(d_o, tl.trans(keys), DOT)
+            d_k_right += product(v, tl.trans(queries), DOT)
+            through += tl.sum(keys.to(tl.float32) * queries.to(tl.float32), 1)
+        if DIRECTION != "forward":
+            keys = tl.load(p_states + KEYS_RIGHT * KV + o_state)
+            queries = tl.load(p_states + QUERIES_LEFT * KV + o_state)
+            d_q_right += product(d_o, tl.trans(keys), DOT)
+            d_k_left += product(v, tl.trans(queries), DOT)
+            through += tl.sum(keys.to(tl.float32) * queries.to(tl.float32), 1)
+    gate = tile(p_gate, gate_n, r, c_k, m, K, float("inf"))
+    q = tile(p_q, q_n, r, c_k, m, K, 0.0).to(tl.float32) * scale
+    log2_decay, alpha, k = decay_and_key(gate, rate, DOT)
+    qa = q * alpha
+    k_before, k_after, before, after = key_factors(log2_decay, k, DOT)
+    d_q_left *= before
+    d_k_left *= before
+    d_q_right *= after
+    d_k_right *= after
+    d_log = product(j > i, qa * d_q_left + k * d_k_left, DOT)
+    d_log += product(j < i, qa * d_q_right + k * d_k_right, DOT)
+    d_log += (tl.exp2(tl.sum(log2_decay, 0)) * through)[None, :]
+    # 2. Pairs inside the chunk.
+    steepest = tl.min(tl.min(log2_decay, 1), 0)
+    if mild(log2_decay, r, PLACE) & (steepest > STEP_LIMIT):
+        weight_t, d_qa, d_k, d_inside = gradients_by_anchor(
+            qa, k, log2_decay, d_weight, d_weight_t, r, PLACE, DIRECTION, DOT
+        )
+    else:
+        weight_t, d_qa, d_k, d_inside = gradients_by_level(
+            qa, k, log2_decay, d_weight, d_weight_t, r, LEVELS, DIRECTION, DOT
+        )
+    weight_t = tl.where(i == j, OWN * tl.sum(q * k, 1)[:, None], weight_t)
+    d_log += d_inside
+    d_qa += d_q_left + d_q_right
+    d_k += d_k_left + d_k_right
+    # 3. A query's own decay and a token's own weight, then the gradients.
+    d_log += qa * d_qa
+    d_k += d_own[:, None] * q
+    d_gate = (d_log - alpha * d_k) * decay_slope(gate, rate)
+    d_q = (d_qa * alpha + d_own[:, None] * k) * scale
+    m_k = m[:, None] & (c_k < K)[None, :]
+    o_k = r[:, None] * (H * K) + c_k[None, :]
+    tl.store(p_dgate + o_k, d_gate.to(p_dgate.dtype.element_ty), mask=m_k)
+    tl.store(p_dq + o_k, d_q.to(p_dq.dtype.element_ty), mask=m_k)
+    return weight_t, k_before, k_after
+
+
+@triton.jit
 def gated_linear_attention_bwd_kernel(
     p_q, p_gate, p_v, p_do, p_states, p_dq, p_dgate, p_dv,
     N, H, rate, scale,
@@ -108,20 +210,16 @@ def gated_linear_attention_bwd_kernel(
     p_states [B * H, chunks, slots, state]: the states that enter each chunk.
     """
     SLOTS: tl.constexpr = 4 if DIRECTION == "bidirectional" else 2
-    KV: tl.constexpr = NK * BK * NV * BV
-    # Slots; one that the direction does not have is not read.
-    KEYS_LEFT: tl.constexpr = 0
-    KEYS_RIGHT: tl.constexpr = 1 if DIRECTION == "bidirectional" else 0
     QUERIES_LEFT: tl.constexpr = 2 if DIRECTION == "bidirectional" else 1
     QUERIES_RIGHT: tl.constexpr = 3 if DIRECTION == "bidirectional" else 1
     OWN: tl.constexpr = 2.0 if DIRECTION == "bidirectional" else 1.0
+    KV: tl.constexpr = NK * BK * NV * BV
     i_program = tl.program_id(0).to(tl.int64)
     NC = tl.cdiv(N, L)
     i_c = i_program % NC
     i_bh = i_program // NC
     i_b, i_h = i_bh // H, i_bh % H
     r = tl.arange(0, L)
-    i, j = r[:, None], r[None, :]
     start = i_c * L
     p_q += i_b * q_b + i_h * q_h + start * q_n
     p_gate += i_b * gate_b + i_h * gate_h + start * gate_n
@@ -133,7 +231,7 @@ def gated_linear_attention_bwd_kernel(
     p_dv += o_out * V
     p_states += i_program * SLOTS * KV
     m = start + r < N
-    # 1. Gradients of the weights, the same for every channel of the keys.
+    # Gradients of the weights are the same for every channel of the keys.
     d_weight = tl.zeros([L, L], tl.float32)
     d_weight_t = tl.zeros([L, L], tl.float32)
     d_own = tl.zeros([L], tl.float32)
@@ -144,83 +242,35 @@ def gated_linear_attention_bwd_kernel(
         d_weight += product(d_o, tl.trans(v), DOT)
         d_weight_t += product(v, tl.trans(d_o), DOT)
         d_own += OWN * tl.sum(d_o.to(tl.float32) * v.to(tl.float32), 1)
-    weight_t = tl.zeros([L, L], tl.float32)
-    for i_k in tl.static_range(NK):
-        c_k = i_k * BK + tl.arange(0, BK)
-        # 2. What needs the states: pairs with one token outside of the chunk, or both.
-        d_q_left = tl.zeros([L, BK], tl.float32)
-        d_k_left = tl.zeros([L, BK], tl.float32)
-        d_q_right = tl.zeros([L, BK], tl.float32)
-        d_k_right = tl.zeros([L, BK], tl.float32)
-        through = tl.zeros([BK], tl.float32)
-        for i_v in range(0, NV):
-            c_v = i_v * BV + tl.arange(0, BV)
-            o_state = c_k[:, None] * (NV * BV) + c_v[None, :]
-            v = tile(p_v, v_n, r, c_v, m, V, 0.0)
-            d_o = tile(p_do, do_n, r, c_v, m, V, 0.0)
-            if DIRECTION != "backward":
-                keys = tl.load(p_states + KEYS_LEFT * KV + o_state)
-                queries = tl.load(p_states + QUERIES_RIGHT * KV + o_state)
-                d_q_left += product(d_o, tl.trans(keys), DOT)
-                d_k_right += product(v, tl.trans(queries), DOT)
-                through += tl.sum(keys.to(tl.float32) * queries.to(tl.float32), 1)
-            if DIRECTION != "forward":
-                keys = tl.load(p_states + KEYS_RIGHT * KV + o_state)
-                queries = tl.load(p_states + QUERIES_LEFT * KV + o_state)
-                d_q_right += product(d_o, tl.trans(keys), DOT)
-                d_k_left += product(v, tl.trans(queries), DOT)
-                through += tl.sum(keys.to(tl.float32) * queries.to(tl.float32), 1)
-        gate = tile(p_gate, gate_n, r, c_k, m, K, float("inf"))
-        q = tile(p_q, q_n, r, c_k, m, K, 0.0).to(tl.float32) * scale
-        log2_decay, alpha, k = decay_and_key(gate, rate, DOT)
-        qa = q * alpha
-        before = tl.exp2(sums(j < i, log2_decay, DOT))
-        after = tl.exp2(sums(j > i, log2_decay, DOT))
-        d_q_left *= before
-        d_k_left *= before
-        d_q_right *= after
-        d_k_right *= after
-        d_log = product(j > i, qa * d_q_left + k * d_k_left, DOT)
-        d_log += product(j < i, qa * d_q_right + k * d_k_right, DOT)
-        d_log += (tl.exp2(tl.sum(log2_decay, 0)) * through)[None, :]
-        # 3. Pairs inside the chunk.
-        steepest = tl.min(tl.min(log2_decay, 1), 0)
-        if mild(log2_decay, r, PLACE) & (steepest > STEP_LIMIT):
-            weight_inside, d_qa, d_k, d_inside = gradients_by_anchor(
-                qa, k, log2_decay, d_weight, d_weight_t, r, PLACE, DIRECTION, DOT
-            )
-        else:
-            weight_inside, d_qa, d_k, d_inside = gradients_by_level(
-                qa, k, log2_decay, d_weight, d_weight_t, r, LEVELS, DIRECTION, DOT
-            )
-        weight_t += tl.where(i == j, OWN * tl.sum(q * k, 1)[:, None], weight_inside)
-        d_log += d_inside
-        d_qa += d_q_left + d_q_right
-        d_k += d_k_left + d_k_right
-        # 4. A token's own weight, then the gradients.
-        d_log += qa * d_qa
-        d_k += d_own[:, None] * q
-        d_gate = (d_log - alpha * d_k) * decay_slope(gate, rate)
-        d_q = (d_qa * alpha + d_own[:, None] * k) * scale
-        m_k = m[:, None] & (c_k < K)[None, :]
-        o_k = r[:, None] * (H * K) + c_k[None, :]
-        tl.store(p_dgate + o_k, d_gate.to(p_dgate.dtype.element_ty), mask=m_k)
-        tl.store(p_dq + o_k, d_q.to(p_dq.dtype.element_ty), mask=m_k)
+    if NK == 1:
+        weight_t, k_before, k_after = gradients_of_channels(
+            p_q, p_gate, p_v, p_do, p_states, p_dq, p_dgate, d_weight, d_weight_t, d_own, m, 0,
+            H, rate, scale, q_n, gate_n, v_n, do_n,
+            K, V, BK, BV, NV, LEVELS, PLACE, KV, DIRECTION, DOT,
+        )  # fmt: skip
+    else:
+        weight_t = tl.zeros([L, L], tl.float32)
+        for i_k in range(0, NK):
+            more, _, _ = gradients_of_channels(
+                p_q, p_gate, p_v, p_do, p_states, p_dq, p_dgate, d_weight, d_weight_t, d_own,
+                m, i_k, H, rate, scale, q_n, gate_n, v_n, do_n,
+                K, V, BK, BV, NV, LEVELS, PLACE, KV, DIRECTION, DOT,
+            )  # fmt: skip
+            weight_t += more
     for i_v in range(0, NV):
         c_v = i_v * BV + tl.arange(0, BV)
         d_v = product(weight_t, tile(p_do, do_n, r, c_v, m, V, 0.0), DOT)
-        for i_k in tl.static_range(NK):
+        for i_k in range(0, NK):
             c_k = i_k * BK + tl.arange(0, BK)
             o_state = c_k[:, None] * (NV * BV) + c_v[None, :]
-            if NK > 1:  # one tile is still there
+            if NK > 1:  # one tile's factors are still there
                 gate = tile(p_gate, gate_n, r, c_k, m, K, float("inf"))
-                log2_decay, alpha, k = decay_and_key(gate, rate, DOT)
-                before = tl.exp2(sums(j < i, log2_decay, DOT))
-                after = tl.exp2(sums(j > i, log2_decay, DOT))
+                log2_decay, _, k = decay_and_key(gate, rate, DOT)
+                k_before, k_after, _, _ = key_factors(log2_decay, k, DOT)
             if DIRECTION != "backward":
-                d_v += product(k * after, tl.load(p_states + QUERIES_RIGHT * KV + o_state), DOT)
+                d_v += product(k_after, tl.load(p_states + QUERIES_RIGHT * KV + o_state), DOT)
             if DIRECTION != "forward":
-                d_v += product(k * before, tl.load(p_states + QUERIES_LEFT * KV + o_state), DOT)
+                d_v += product(k_before, tl.load(p_states + QUERIES_LEFT * KV + o_state), DOT)
         tl.store(p_dv + r[:, None] * (H * V) + c_v[None, :], d_v.to(p_dv.dtype.element_ty),
                  mask=m[:, None] & (c_v < V)[None, :])  # fmt: skip
 

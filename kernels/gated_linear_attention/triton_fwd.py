@@ -9,8 +9,13 @@ import triton.language as tl
 from torch import Tensor
 
 from metala_vision.kernels._triton import Launch, decay_and_key, product, sums, tile
-
-from .triton_states import CHUNK, configure, entering_segments, num_slots, states_launch
+from metala_vision.kernels.gated_linear_attention.triton_states import (
+    CHUNK,
+    configure,
+    entering_segments,
+    num_slots,
+    states_launch,
+)
 
 # A chunk takes the anchor where its log2 decay, summed to either side of it, is above this: the
 # factors stay below 2^24, and rounding below 24 * 2^-24 of an exponent in float32.
@@ -98,9 +103,10 @@ def gated_linear_attention_fwd_kernel(
 ):  # fmt: skip
     """o [B, N, H, V], contiguous, in one launch: one program per (batch, head, segment, tile of V).
 
-    For one tile of K, as the state stays in registers. From right to left, the states that enter each chunk from the right go to p_right
-    [programs, NC, BK, BV]; then from left to right, each chunk's output is written once.
-    p_entering [B * H, NS, directions, state]: what enters a segment, if SEGMENTED.
+    For one tile of K, as the state stays in registers. From right to left, the states that enter
+    each chunk from the right go to p_right [programs, NC, BK, BV]; then from left to right, each
+    chunk's output is written once. p_entering [B * H, NS, directions, state]: what enters a
+    segment, if SEGMENTED.
     """
     SLOTS: tl.constexpr = 2 if DIRECTION == "bidirectional" else 1
     KV: tl.constexpr = BK * NV * BV

@@ -3,7 +3,8 @@
 B batch, N tokens, H heads, K key width per head, V value width per head; BK and BV their tiles,
 powers of two, NK and NV of them. A chunk has L tokens, a segment NC chunks, a sequence NS segments.
 
-State [K, V], padded to NK * BK and NV * BV. A program runs along a segment from its left or from its right, and carries
+State [K, V], padded to NK * BK and NV * BV. A program runs along a segment from its left or from
+its right, and carries
     keys       the sum of decayed k v^T, which queries of one direction read; from the left,
                forward's, from the right, backward's
     queries    in the backward pass also that of decayed q d_o^T, which the gradients of keys and
@@ -13,7 +14,6 @@ direction alone has one slot for keys and one for queries.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -48,8 +48,9 @@ def configure(N: int, K: int, V: int, dot: str) -> Configuration:
     No tile has 64 rows, so that no product becomes one of Hopper's warp group instructions, which
     Triton 3.4 to 3.7.0 gets wrong: kernels/README.md.
     """
-    BK = 16 if K <= 16 else 32
-    BV = min(max(16, triton.next_power_of_2(V)), {"ieee": 16, "tf32": 32}.get(dot, 64))
+    BK = 16 if K <= 16 or (K > 32 and dot == "ieee") else 32
+    widest = {"ieee": 16, "tf32": 32 if K <= 32 else 16}.get(dot, 64)
+    BV = min(max(16, triton.next_power_of_2(V)), widest)
     NK, NV = triton.cdiv(K, BK), triton.cdiv(V, BV)
     num_chunks = triton.cdiv(N, CHUNK)
     num_segments = triton.cdiv(num_chunks, LONGEST_SEGMENT // CHUNK)
@@ -62,7 +63,7 @@ def configure(N: int, K: int, V: int, dot: str) -> Configuration:
         state_dtype=torch.bfloat16 if dot == "bf16" else torch.float32,
         fwd_warps={"ieee": 8, "tf32": 4}.get(dot, 2),
         states_warps=2,
-        bwd_warps={"ieee": 8, "tf32": 8}.get(dot, 4),
+        bwd_warps={"ieee": 8, "tf32": 8 if NK == 1 else 4}.get(dot, 4),
     )
 
 
@@ -80,8 +81,8 @@ def gated_linear_attention_states_kernel(
 
     EACH: to p_states [B * H, chunks, SLOTS, state], what enters each chunk. Otherwise to
     p_entering [B * H, NS, SLOTS, state], what the segment adds to a state of 0, and to
-    p_total [B * H, NS, NK * BK], its log2 decay. EACH and SEGMENTED: p_entering holds what enters the
-    segments. QUERIES: both states (in the backward pass), else keys alone.
+    p_total [B * H, NS, NK * BK], its log2 decay. EACH and SEGMENTED: p_entering holds what enters
+    the segments. QUERIES: both states (in the backward pass), else keys alone.
     """
     KV: tl.constexpr = NK * BK * NV * BV
     i_program = tl.program_id(0).to(tl.int64)
@@ -157,12 +158,12 @@ def gated_linear_attention_states_kernel(
 
 @triton.jit
 def gated_linear_attention_scan_kernel(
-    p_entering, p_total, NS,
+    p_added, p_entering, p_total, NS,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     NK: tl.constexpr, NV: tl.constexpr,
     SLOTS: tl.constexpr, FLIP: tl.constexpr,
 ):  # fmt: skip
-    """In place, what segments add becomes what enters them.
+    """From what segments add to a state of 0, what enters them: the same shape.
 
     One program per (batch, head, slot, tile of K, tile of V). Slots come from the left and from
     the right in turn; FLIP 1 if the right is first.
@@ -175,14 +176,16 @@ def gated_linear_attention_scan_kernel(
     i_bh = i_program // (NV * NK * SLOTS)
     from_right = (slot + FLIP) % 2 == 1
     c_k, c_v = i_k * BK + tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
-    p_entering += (i_bh * NS * SLOTS + slot) * KV + c_k[:, None] * (NV * BV) + c_v[None, :]
+    o_state = (i_bh * NS * SLOTS + slot) * KV + c_k[:, None] * (NV * BV) + c_v[None, :]
+    p_added += o_state
+    p_entering += o_state
     p_total += i_bh * NS * (NK * BK)
     state = tl.zeros([BK, BV], tl.float32)
     for n in range(0, NS):
         s = tl.where(from_right, NS - 1 - n, n).to(tl.int64)
-        added = tl.load(p_entering + s * SLOTS * KV)
         tl.store(p_entering + s * SLOTS * KV, state)
-        state = state * tl.exp2(tl.load(p_total + s * (NK * BK) + c_k))[:, None] + added
+        state = state * tl.exp2(tl.load(p_total + s * (NK * BK) + c_k))[:, None]
+        state += tl.load(p_added + s * SLOTS * KV)
 
 
 def states_launch(
@@ -231,20 +234,21 @@ def entering_segments(
     queries: bool,
     dot: str,
 ) -> tuple[Tensor, list[Launch]]:
-    """The states that enter each segment, not yet written, and the two launches that write them."""
+    """The states that enter each segment, not yet written, and the two launches that do."""
     q = tensors[0]
     B, _, H, _ = q.shape
     slots = num_slots(direction, queries)
-    entering = q.new_empty((B * H, c.num_segments, slots, *c.state), dtype=torch.float32)
+    added = q.new_empty((B * H, c.num_segments, slots, *c.state), dtype=torch.float32)
+    entering = torch.empty_like(added)
     total = q.new_empty((B * H, c.num_segments, c.state[0]), dtype=torch.float32)
-    added = states_launch(
-        c, tensors, entering, entering, total, gate_divisor, scale, direction, queries, False, dot
+    add = states_launch(
+        c, tensors, added, added, total, gate_divisor, scale, direction, queries, False, dot
     )
     scan = Launch(
         gated_linear_attention_scan_kernel,
         B * H * slots * c.tiles["NK"] * c.tiles["NV"],
-        (entering, total, c.num_segments),
+        (added, entering, total, c.num_segments),
         {**c.tiles, "SLOTS": slots, "FLIP": int(direction == "backward")},
         c.states_warps,
     )
-    return entering, [added, scan]
+    return entering, [add, scan]

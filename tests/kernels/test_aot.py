@@ -13,13 +13,14 @@ from itertools import product
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
 from metala_vision.kernels.gated_linear_attention import fused
 
 if fused.interpreted():
     pytest.skip("nothing is compiled under TRITON_INTERPRET=1", allow_module_level=True)
-import triton.backends.nvidia
+import triton
+from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -35,8 +36,9 @@ TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"
 DOTS = {"bf16": torch.bfloat16, "fp16": torch.float16, "ieee": torch.float32, "tf32": torch.float32}
 # Widths that differ in tiles: one of 16, one of each, several of V, several of both.
 WIDTHS = ((16, 16), (32, 64), (32, 128), (64, 128), (128, 256))
-# Kernels that may spill so many bytes, and why. None does.
-MAY_SPILL: dict[str, int] = {}
+# (kernel, DOT) that may spill so many bytes. TF32 operands take twice bfloat16's registers, and with
+# several tiles of K one direction's gradients go over by 24 bytes on sm_90, at 8 warps too.
+MAY_SPILL = {("gated_linear_attention_bwd_kernel", "tf32"): 24}
 
 
 def launches(K, V, N, dot, direction):
@@ -79,7 +81,7 @@ def compile_for(launch: Launch, target: GPUTarget, folder) -> tuple[int, int]:
         assert spilled, "the assembly has no .vgpr_spill_count"
         return sum(map(int, spilled)), 0
     (folder / "kernel").write_bytes(compiled.asm["cubin"])
-    tool = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin", "cuobjdump")
+    tool = os.path.join(os.path.dirname(nvidia.__file__), "bin", "cuobjdump")
     report = subprocess.run(
         [tool, "-res-usage", str(folder / "kernel")], capture_output=True, text=True, check=True
     )
@@ -97,7 +99,7 @@ def check(target, K, V, N, dot, direction, folder):
             continue
         seen.add(key)
         spilled, warp_group = compile_for(launch, TARGETS[target], folder)
-        assert spilled <= MAY_SPILL.get(name, 0), (name, launch.constants, spilled)
+        assert spilled <= MAY_SPILL.get((name, dot), 0), (name, launch.constants, spilled)
         assert warp_group == 0, (name, launch.constants)
 
 

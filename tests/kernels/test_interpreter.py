@@ -15,8 +15,8 @@ from metala_vision.kernels.gated_linear_attention import (
     fused,
     gated_linear_attention,
 )
-from metala_vision.kernels.gated_linear_attention.reference import reference
 from tests._numerics import GATES, LENGTHS, SAME, bound, normal, relative_rms
+from tests.kernels._cases import TAU, inputs, truth
 
 if not fused.interpreted():
     pytest.skip("needs TRITON_INTERPRET=1: make test-kernels", allow_module_level=True)
@@ -29,14 +29,13 @@ pytestmark = [
     # Triton's interpreter on `range` of a kernel's number.
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
 ]
-TAU = 16.0
 QUICK = (1, 2, 15, 16, 17, 49)
 
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
     """Memory that nothing has written yet is NaN."""
-    for owner, name in ((torch, "empty"), (torch.Tensor, "new_empty")):
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         make = getattr(owner, name)
 
         def filled(*args, _make=make, **options):
@@ -44,17 +43,6 @@ def poisoned(monkeypatch):
             return x.fill_(float("nan")) if x.is_floating_point() and len(x) else x
 
         monkeypatch.setattr(owner, name, filled)
-
-
-def inputs(N, gates="N(0,1)", *, B=1, H=1, K=32, V=16, dtype=torch.float32):
-    """q, v, gate and d_o in float32, rounded to dtype."""
-    tensors = (
-        normal(B, N, H, K, seed=0),
-        normal(B, N, H, V, seed=1),
-        GATES[gates](normal(B, N, H, K, seed=2)),
-        normal(B, N, H, V, seed=3),
-    )
-    return [x.to(dtype).float() for x in tensors]
 
 
 def run(q, v, gate, d_o, direction, dot):
@@ -65,17 +53,6 @@ def run(q, v, gate, d_o, direction, dot):
     for launch in (*launches, *more):
         launch.run()
     return {"o": o, "q": gradients[0], "v": gradients[1], "gate": gradients[2]}
-
-
-def truth(q, v, gate, d_o, direction):
-    """The same by the recurrence and autograd, in float64."""
-    given = [x.double().requires_grad_() for x in (q, v, gate)]
-    scale = q.shape[3] ** -0.5
-    o, _ = reference(
-        given[0], given[1], None, given[2], None, TAU, scale, direction, None, None, False
-    )
-    gradients = torch.autograd.grad(o, given, d_o.double())
-    return {"o": o.detach(), **dict(zip(("q", "v", "gate"), gradients, strict=True))}
 
 
 def errors(N, gates, direction, dot, **shape):
@@ -126,7 +103,9 @@ def test_everything_meets_the_rule(N, gates, direction, dot):
 
 
 @pytest.mark.parametrize(
-    ("K", "V", "N"), [(1, 1, 20), (5, 3, 20), (32, 64, 40), (33, 65, 20), (64, 128, 20), (128, 100, 17), (33, 5, 257)]
+    ("K", "V", "N"),
+    [(1, 1, 20), (5, 3, 20), (32, 64, 40), (33, 65, 20), (64, 128, 20), (128, 100, 17),
+     (33, 5, 257)],
 )  # fmt: skip
 def test_every_width_meets_the_rule(K, V, N):
     measured = errors(N, "half-100-half+8", "bidirectional", "ieee", K=K, V=V)
@@ -193,11 +172,11 @@ def test_strided_inputs_give_the_same_bits():
     q, v, gate, d_o = inputs(N, B=B, H=H, K=K, V=V)
     plain = run(q, v, gate, d_o, "bidirectional", "ieee")
     together = torch.cat([x.flatten(2) for x in (q, gate, v)], 2)  # as one projection gives them
-    q2, gate2, v2 = (
-        x.unflatten(2, (H, -1)) for x in together.split([H * K, H * K, H * V], 2)
-    )
+    q2, gate2, v2 = (x.unflatten(2, (H, -1)) for x in together.split([H * K, H * K, H * V], 2))
     q2 = q2.transpose(1, 2).contiguous().transpose(1, 2)  # heads first
-    strided = run(q2, v2, gate2, d_o.transpose(0, 1).contiguous().transpose(0, 1), "bidirectional", "ieee")
+    strided = run(
+        q2, v2, gate2, d_o.transpose(0, 1).contiguous().transpose(0, 1), "bidirectional", "ieee"
+    )
     assert not v2.is_contiguous() and not q2.is_contiguous()
     for name, x in plain.items():
         assert torch.equal(x, strided[name]), name

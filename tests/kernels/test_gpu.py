@@ -1,0 +1,181 @@
+"""The Triton kernels on a GPU, every configuration: `make test-gpu`."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import metala_vision  # noqa: F401
+from metala_vision.kernels.gated_linear_attention import (
+    DIRECTIONS,
+    fused,
+    gated_linear_attention,
+    gated_linear_attention_op,
+)
+from tests._numerics import GATES, LENGTHS, bound, relative_rms
+from tests.kernels._cases import TAU, inputs, truth
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def run(q, v, gate, d_o, direction):
+    """o and gradients by the kernels, on the GPU."""
+    given = [x.requires_grad_() for x in (q, v, gate)]
+    o = gated_linear_attention(
+        q, v, gate=gate, gate_divisor=TAU, direction=direction, impl="triton"
+    )
+    gradients = torch.autograd.grad(o, given, d_o)
+    return {"o": o.detach(), **dict(zip(("q", "v", "gate"), gradients, strict=True))}
+
+
+def assert_rule(N, gates, direction, dtype, limit=None, **shape):
+    tensors = [x.cuda() for x in inputs(N, gates, dtype=dtype, **shape)]
+    ours = run(*(x.to(dtype) for x in tensors), direction)
+    for name, exact in truth(*tensors, direction).items():
+        error = relative_rms(ours[name], exact)
+        assert error <= (limit or bound(dtype, name)), (name, error)
+
+
+@pytest.fixture
+def tf32():
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("N", LENGTHS)
+def test_the_error_rule(N, gates, direction, dtype):
+    assert_rule(N, gates, direction, dtype, B=2, H=3, V=64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("N", [17, 300])
+@pytest.mark.parametrize(("K", "V"), [(1, 1), (16, 16), (32, 128), (33, 65), (64, 128), (128, 256)])
+def test_every_width(K, V, N, dtype):
+    assert_rule(N, "half-100-half+8", "bidirectional", dtype, B=2, H=2, K=K, V=V)
+
+
+@pytest.mark.parametrize(("K", "V"), [(16, 16), (32, 64), (64, 128), (128, 256)])
+@pytest.mark.parametrize("N", [49, 300])
+def test_tf32(K, V, N, tf32):
+    assert fused.precision(torch.empty(1, device="cuda")) == "tf32"
+    # TF32 rounds operands to 2^-11, finer than bfloat16.
+    assert_rule(N, "N(0,5)", "bidirectional", torch.float32, limit=5e-3, K=K, V=V)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_run_gives_the_same_bits_and_a_sample_alone_too(dtype):
+    tensors = [x.cuda().to(dtype) for x in inputs(300, B=8, H=3, V=64)]
+    first = run(*tensors, "bidirectional")
+    for _ in range(5):
+        again = run(*tensors, "bidirectional")
+        assert all(torch.equal(first[name], again[name]) for name in first)
+    alone = run(*(x[3:4] for x in tensors), "bidirectional")
+    assert all(torch.equal(first[name][3:4], alone[name]) for name in first)
+
+
+def test_more_programs_than_a_grids_second_dimension():
+    q, v, gate, d_o = (x.cuda().to(torch.bfloat16) for x in inputs(16, H=1, V=16))
+    many = [x.expand(70_000, -1, -1, -1).contiguous() for x in (q, v, gate, d_o)]
+    ours, one = run(*many, "bidirectional"), run(q, v, gate, d_o, "bidirectional")
+    assert all(torch.equal(ours[name][-1:], one[name]) for name in one)
+
+
+def test_compiled_it_is_one_node_with_eagers_bits():
+    q, v, gate, d_o = (x.cuda().to(torch.bfloat16) for x in inputs(196, B=2, H=3, V=64))
+    given = [x.requires_grad_() for x in (q, v, gate)]
+
+    def call(q, v, gate):
+        return gated_linear_attention_op(q, v, None, gate, None, TAU, 0.2, "bidirectional", None)
+
+    o = call(*given)
+    assert "Fused" in type(o.grad_fn).__name__
+    plain = [o, *torch.autograd.grad(o, given, d_o)]
+    o = torch.compile(call, fullgraph=True)(*given)
+    for ours, other in zip([o, *torch.autograd.grad(o, given, d_o)], plain, strict=True):
+        assert torch.equal(ours, other)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_trains_under_autocast_and_agrees_with_the_cpu(compiled):
+    model = timm.create_model("metala_nano", num_classes=5)
+    x = torch.randn(2, 3, 64, 64)
+    expected = model(x)
+    model = model.cuda()
+    forward = torch.compile(model, fullgraph=True) if compiled else model
+    assert relative_rms(forward(x.cuda()).cpu(), expected) <= 1e-4
+    with torch.autocast("cuda", torch.bfloat16):
+        forward(x.cuda()).square().mean().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_checkpointing_and_ddp():
+    torch.distributed.init_process_group(
+        "nccl", init_method="tcp://127.0.0.1:29511", rank=0, world_size=1
+    )
+    try:
+        plain = timm.create_model("metala_nano", num_classes=5).cuda()
+        wrapped = timm.create_model("metala_nano", num_classes=5).cuda()
+        wrapped.load_state_dict(plain.state_dict())
+        wrapped.set_grad_checkpointing()
+        x = torch.randn(2, 3, 64, 64, device="cuda")
+        plain(x).square().mean().backward()
+        DistributedDataParallel(wrapped, device_ids=[0])(x).square().mean().backward()
+        for p, q in zip(plain.parameters(), wrapped.parameters(), strict=True):
+            assert relative_rms(q.grad, p.grad) <= 1e-5
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_activations_saved_are_the_inputs():
+    q, v, gate, _ = (x.cuda().to(torch.bfloat16) for x in inputs(196, B=32, H=3, V=64))
+    given = [x.requires_grad_() for x in (q, v, gate)]
+    before = torch.cuda.memory_allocated()
+    o = gated_linear_attention(given[0], given[1], gate=given[2])
+    kept = torch.cuda.memory_allocated() - before
+    assert kept <= o.numel() * o.element_size() + 1024
+    checkpoint(lambda: o.sum(), use_reentrant=False)
+
+
+def test_capture_in_a_cuda_graph():
+    q, v, gate, _ = (x.cuda().to(torch.bfloat16) for x in inputs(196, B=2, H=3, V=64))
+    expected = gated_linear_attention(q, v, gate=gate)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = gated_linear_attention(q, v, gate=gate)
+    o.zero_()
+    graph.replay()
+    assert torch.equal(o, expected)
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_the_sanitizer_finds_nothing(tool):
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not os.path.exists(sanitizer):
+        pytest.skip("compute-sanitizer is not installed")
+    code = (
+        "import torch; from metala_vision.kernels.gated_linear_attention import *\n"
+        "for N in (20, 300):\n"
+        "    q, g, v = (torch.randn(1, N, 2, e).cuda().bfloat16() for e in (20, 20, 40))\n"
+        "    q.requires_grad_()\n"
+        "    gated_linear_attention(q, v, gate=g).sum().backward()\n"
+        "torch.cuda.synchronize()"
+    )
+    done = subprocess.run(
+        [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code],
+        capture_output=True, text=True, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
