@@ -61,7 +61,7 @@ def configure(N: int, K: int, V: int, dot: str) -> Configuration:
         chunks_per_segment=triton.cdiv(num_chunks, num_segments),
         num_segments=num_segments,
         state_dtype=torch.bfloat16 if dot == "bf16" else torch.float32,
-        fwd_warps={"ieee": 8, "tf32": 4}.get(dot, 2),
+        fwd_warps={"ieee": 8 if NK == 1 else 4, "tf32": 4}.get(dot, 2),
         states_warps=2,
         bwd_warps={"ieee": 8, "tf32": 8 if NK == 1 else 4}.get(dot, 4),
     )
