@@ -11,8 +11,8 @@ sdpa       softmax attention of the same width, by PyTorch's choice of kernel
 
 Forward, and forward with backward: medians, in milliseconds, with the cache cold. floor: the least
 bytes (each input read once, each output written once) over the bandwidth of a copy on this device.
-Peak memory is above what the inputs and outputs hold. Without a GPU, `run` times the portable form
-and SDPA on the CPU at small sizes, to show that it works.
+Peak memory is above what the inputs hold: output, gradients, and what is needed on the way. Without
+a GPU, `run` times the portable form and SDPA on the CPU at small sizes, to show that it works.
 """
 
 import argparse
@@ -98,6 +98,7 @@ def peak_mebibytes(call: Callable[[], object]) -> float | None:
     """Memory that a call takes at its fullest, above what is there before it."""
     if not GPU:
         return None
+    call()  # the first one may tune itself, in memory of its own
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -150,7 +151,7 @@ def models(size: int, batch: int) -> list[dict]:
     for name in ("metala_tiny", "deit_tiny_patch16_224"):
         model = timm.create_model(name, img_size=size).to(DEVICE)
         x = torch.randn(batch, 3, size, size, device=DEVICE)
-        forward = torch.compile(model) if GPU else model
+        forward = torch.compile(model, dynamic=False) if GPU else model
 
         def train(model=model, forward=forward, x=x) -> None:
             model.zero_grad()
@@ -159,6 +160,7 @@ def models(size: int, batch: int) -> list[dict]:
             loss.backward()
 
         train()
+        model.zero_grad()
         peak = peak_mebibytes(train)
         row = {"model": name, "size": size, "batch": batch, "peak_mib": peak}
         rows.append(row | {"ms": milliseconds(train)})

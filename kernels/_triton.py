@@ -92,6 +92,7 @@ def decay_and_key(gate, rate, DOT: tl.constexpr):
     p = p * y + 1.0 / 3
     p = p * y + 1.0
     log_decay = (tl.minimum(x, 0.0) - 2.0 * z * p) * rate
+    log_decay = tl.where(log_decay < -1e4, -1e4, log_decay)  # -inf times 0 would be NaN
     alpha = tl.exp(log_decay)
     # 1 - exp(a) for a > -1/4 as a series; left out is a^7 / 8! < 2^-29, or a^4 / 5! < 2^-14
     p = 1.0 + log_decay * (1.0 / 4)
@@ -109,8 +110,8 @@ def decay_and_key(gate, rate, DOT: tl.constexpr):
 @triton.jit
 def tile(p, stride, r, c, m, C: tl.constexpr, other: tl.constexpr):
     """Rows r and columns c from p, `other` where m is false or the width C has ended."""
-    return tl.load(p + r[:, None] * stride + c[None, :], mask=m[:, None] & (c < C)[None, :],
-                   other=other)  # fmt: skip
+    p += r.to(tl.int64)[:, None] * stride + c[None, :]
+    return tl.load(p, mask=m[:, None] & (c < C)[None, :], other=other)
 
 
 @triton.jit

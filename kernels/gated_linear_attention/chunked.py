@@ -30,7 +30,9 @@ def plainly_eager(x: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
-        and torch._C._len_torch_dispatch_stack() == 0  # make_fx, fake tensors
+        and torch._C._len_torch_dispatch_stack() == 0  # fake tensors, counters of operations
+        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None  # make_fx
+        and torch.autograd.forward_ad._current_level < 0
     )
 
 
@@ -195,14 +197,16 @@ def chunked(
     padded = any_size or NC * L > N
     q = scale * _chunks(q, order, NC, L, padded, dtype)[0]
     v = _chunks(v, order, NC, L, padded, dtype)[0]
-    # Padding: no decay, no key, no value.
+    # Padding: no decay, no key, no value. exp(-1e4) is 0 in float64 too: it changes no value, and
+    # keeps -inf out of sums with 0 * -inf.
     if gate is not None:
         gate = _chunks(gate, order, NC, L, padded, dtype, inf)
         log_alpha, key = decay_and_key(gate, gate_divisor)
+        if not all_mild:
+            log_alpha = log_alpha.clamp_min(-1e4)
     elif log_decay is not None:
         log_alpha = _chunks(log_decay, order, NC, L, padded, dtype)
         if not all_mild:
-            # exp(-1e4) is 0 in float64 too: changes no value, keeps -inf out of sums with 0 * -inf
             log_alpha = log_alpha.clamp_min(-1e4)
         key = q if k is not None else key_of(log_alpha)
     else:

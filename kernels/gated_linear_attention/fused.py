@@ -26,7 +26,8 @@ def runs_on(device: torch.device) -> bool:
     """Whether there are kernels for a device: a GPU of compute capability 8.0 on, or AMD's."""
     if device.type == "cpu":
         return interpreted()
-    if device.type != "cuda" or not torch.cuda.is_available():
+    # The interpreter would take a GPU's tensors too, and multiply 16-bit ones wrongly.
+    if device.type != "cuda" or not torch.cuda.is_available() or interpreted():
         return False
     try:
         import triton  # noqa: F401
@@ -65,8 +66,9 @@ def precision(q: Tensor) -> str:
     """How products round their operands: DOT in kernels/_triton.py."""
     if q.dtype != torch.float32:
         return "bf16"
-    allowed = q.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if allowed else "ieee"
+    if q.device.type != "cuda" or torch.version.hip is not None:  # Triton has it for NVIDIA alone
+        return "ieee"
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def forward(
@@ -123,9 +125,16 @@ class Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_o):  # type: ignore[override]
         q, v, gate = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a second derivative is wanted, which the portable form has
-            o, _ = chunked(q, v, None, gate, None, *ctx.options, None, None, False)
-            gradients = torch.autograd.grad(o, (q, v, gate), d_o, create_graph=True)
+        many = torch._C._functorch.is_legacy_batchedtensor(d_o)  # is_grads_batched
+        if torch.is_grad_enabled() or many or torch._C._are_functorch_transforms_active():
+            # For a second derivative, or many gradients at once: the portable form.
+            create_graph = torch.is_grad_enabled()
+            wanted = [x for x, n in zip((q, v, gate), ctx.needs_input_grad, strict=False) if n]
+            with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
+                o, _ = chunked(q, v, None, gate, None, *ctx.options, None, None, False)
+                found = torch.autograd.grad(o, wanted, d_o, create_graph=create_graph)
+            made = iter(found)
+            gradients = [next(made) if n else None for n in ctx.needs_input_grad[:3]]
         else:
             gradients = backward(d_o, q, v, gate, *ctx.options)
         return *gradients, None, None, None

@@ -56,7 +56,7 @@ def wanted(query, key, DIRECTION: tl.constexpr):
 
 @triton.jit
 def mild(log2_decay, r, PLACE: tl.constexpr):
-    """Whether a chunk may take the anchor: a scalar. NaN may not."""
+    """Whether a chunk may take the anchor: a scalar. With a NaN either form gives NaN."""
     left = tl.sum(tl.where(r[:, None] < PLACE, log2_decay, 0.0), 0)
     right = tl.sum(tl.where(r[:, None] >= PLACE, log2_decay, 0.0), 0)
     return tl.min(tl.minimum(left, right), 0) > ANCHOR_LIMIT
@@ -144,7 +144,9 @@ def gated_linear_attention_fwd_kernel(
             before = tl.exp2(sums(j < i, log2_decay, DOT))
             right = right * tl.exp2(tl.sum(log2_decay, 0))[:, None]
             right += product(tl.trans(k * before), v, DOT)
-        tl.debug_barrier()  # what a thread reads, others have written
+        # What a thread reads below, others have written. On AMD the barrier alone does not wait for
+        # stores, but the loop's loads are waited for after them, and that does.
+        tl.debug_barrier()
     for n in range(0, num_chunks):
         c = tl.cast(n, tl.int64)
         m = start + c * L + r < N
@@ -270,5 +272,5 @@ def forward_launches(
 
 def anchor_place(direction: str) -> int:
     """Where the pairs of a chunk meet: one direction alone, where it enters, so that a token's
-    factors hold nothing of what comes after it."""
+    factors hold nothing of what comes after it. (The choice of the form still does: rounding.)"""
     return {"forward": 0, "backward": CHUNK, "bidirectional": CHUNK // 2}[direction]

@@ -9,7 +9,6 @@ import pytest
 import timm
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 import metala_vision  # noqa: F401
 from metala_vision.kernels.gated_linear_attention import (
@@ -110,12 +109,14 @@ def test_compiled_it_is_one_node_with_eagers_bits():
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_model_trains_under_autocast_and_agrees_with_the_cpu(compiled):
+def test_a_model_trains_under_autocast_and_agrees_with_the_cpu(compiled, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     model = timm.create_model("metala_nano", num_classes=5)
     x = torch.randn(2, 3, 64, 64)
     expected = model(x)
     model = model.cuda()
     forward = torch.compile(model, fullgraph=True) if compiled else model
+    # The rule's 1e-5 for each of 8 blocks.
     assert relative_rms(forward(x.cuda()).cpu(), expected) <= 1e-4
     with torch.autocast("cuda", torch.bfloat16):
         forward(x.cuda()).square().mean().backward()
@@ -147,7 +148,6 @@ def test_activations_saved_are_the_inputs():
     o = gated_linear_attention(given[0], given[1], gate=given[2])
     kept = torch.cuda.memory_allocated() - before
     assert kept <= o.numel() * o.element_size() + 1024
-    checkpoint(lambda: o.sum(), use_reentrant=False)
 
 
 def test_capture_in_a_cuda_graph():
