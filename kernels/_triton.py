@@ -70,8 +70,8 @@ def sums(table, x, DOT: tl.constexpr):
 
 
 @triton.jit
-def decay_and_key(gate, rate, DOT: tl.constexpr):
-    """log2 alpha, alpha and 1 - alpha of a raw gate, log alpha = logsigmoid(gate) * rate.
+def log_decay_of(gate, rate, DOT: tl.constexpr):
+    """log alpha = logsigmoid(gate) * rate, of a raw gate.
 
     To float32's precision (2^-14 with 16-bit operands) for any gate, from exp alone: a GPU's fast
     logarithm is off by 2^-22 near 1, which for gates of +12 would be a fortieth of the key.
@@ -91,9 +91,12 @@ def decay_and_key(gate, rate, DOT: tl.constexpr):
         p = p * y + 1.0 / 5
     p = p * y + 1.0 / 3
     p = p * y + 1.0
-    log_decay = (tl.minimum(x, 0.0) - 2.0 * z * p) * rate
-    log_decay = tl.where(log_decay < -1e4, -1e4, log_decay)  # -inf times 0 would be NaN
-    alpha = tl.exp(log_decay)
+    return (tl.minimum(x, 0.0) - 2.0 * z * p) * rate
+
+
+@triton.jit
+def key_of(log_decay, alpha, DOT: tl.constexpr):
+    """1 - alpha, to the same precision."""
     # 1 - exp(a) for a > -1/4 as a series; left out is a^7 / 8! < 2^-29, or a^4 / 5! < 2^-14
     p = 1.0 + log_decay * (1.0 / 4)
     if DOT != "bf16" and DOT != "rounded":
@@ -103,14 +106,47 @@ def decay_and_key(gate, rate, DOT: tl.constexpr):
         p = 1.0 + log_decay * (1.0 / 4) * p
     p = 1.0 + log_decay * (1.0 / 3) * p
     p = 1.0 + log_decay * (1.0 / 2) * p
-    key = tl.where(log_decay > -0.25, -log_decay * p, 1.0 - alpha)
-    return log_decay * 1.4426950408889634, alpha, key
+    return tl.where(log_decay > -0.25, -log_decay * p, 1.0 - alpha)
 
 
 @triton.jit
-def tile(p, stride, r, c, m, C: tl.constexpr, other: tl.constexpr):
-    """Rows r and columns c from p, `other` where m is false or the width C has ended."""
-    p += r.to(tl.int64)[:, None] * stride + c[None, :]
+def decay_and_key(p_decay, decay_n, p_k, k_n, t, c, m, rate, K: tl.constexpr, DECAY: tl.constexpr,
+                  KEY: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+    """log2 alpha, alpha and the key of the tokens t, in float32; where there is no token, no decay
+    and no key.
+
+    DECAY "gate": p_decay holds raw gates; "log": log alpha; "none": alpha is 1. KEY: p_k holds
+    keys; otherwise the key is 1 - alpha.
+    """
+    if DECAY == "gate":
+        log_decay = log_decay_of(tile(p_decay, decay_n, t, c, m, K, float("inf")), rate, DOT)
+    elif DECAY == "log":
+        log_decay = tile(p_decay, decay_n, t, c, m, K, 0.0).to(tl.float32)
+    else:
+        log_decay = tl.zeros([t.shape[0], c.shape[0]], tl.float32)
+    log_decay = tl.where(log_decay < -1e4, -1e4, log_decay)  # -inf times 0 would be NaN
+    alpha = tl.exp(log_decay)
+    if KEY:
+        k = tile(p_k, k_n, t, c, m, K, 0.0).to(tl.float32)
+    else:
+        k = key_of(log_decay, alpha, DOT)
+    return log_decay * 1.4426950408889634, alpha, k
+
+
+@triton.jit
+def tokens(p_order, order_h, i_h, start, N, L: tl.constexpr, ORDER: tl.constexpr):
+    """The tokens that the L steps from `start` visit, int64 [L], and which of them there are."""
+    t = start.to(tl.int64) + tl.arange(0, L)
+    m = t < N
+    if ORDER:
+        t = tl.load(p_order + i_h * order_h + t, mask=m, other=0).to(tl.int64)
+    return t, m
+
+
+@triton.jit
+def tile(p, stride, t, c, m, C: tl.constexpr, other: tl.constexpr):
+    """Rows t and columns c from p, `other` where m is false or the width C has ended."""
+    p += t[:, None] * stride + c[None, :]
     return tl.load(p, mask=m[:, None] & (c < C)[None, :], other=other)
 
 

@@ -61,9 +61,9 @@ def gated_linear_attention(
         initial_state: [B, H, K, V], float32 or float64: the state before the first token visited.
             One direction only.
         output_final_state: also return the state after the last token visited. One direction only.
-        impl: "auto", "triton", "chunked" or "reference". "triton" takes a raw gate without a key,
-            an order or states, in float16, bfloat16 or float32, on a GPU, and is not for
-            torch.compile. "auto" is "triton" where that is possible, compiled too, else "chunked".
+        impl: "auto", "triton", "chunked" or "reference". "triton" takes float16, bfloat16 and
+            float32 on a GPU, and is not for torch.compile. "auto" is "triton" where that is
+            possible, compiled too, else "chunked".
     Returns:
         o [B, N, H, V] in q's dtype; with output_final_state, (o, S) with S [B, H, K, V] in float32
         (float64 for float64 q).
@@ -129,9 +129,13 @@ def _run(
     )  # fmt: skip
     if initial_state is None and not output_final_state and _in_graph(q, impl):
         return portable(*arguments[:9]), None
-    form = choose(impl, _available(q, k, gate, order, initial_state, output_final_state, impl))
+    form = choose(impl, _available(q, impl))
     if form == "triton" and (impl == "triton" or plainly_eager(q)):
-        return fused.Fused.apply(q, v, gate, gate_divisor, scale, direction), None
+        result = fused.Fused.apply(
+            q, v, k, gate, log_decay, initial_state, order, gate_divisor, scale, direction,
+            output_final_state,
+        )  # fmt: skip
+        return result if output_final_state else (result, None)
     function = reference if form == "reference" else chunked
     device_type = q.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
@@ -141,22 +145,14 @@ def _run(
     return function(*arguments)
 
 
-def _available(
-    q: Tensor,
-    k: Tensor | None,
-    gate: Tensor | None,
-    order: Tensor | None,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    impl: str,
-) -> tuple[str, ...]:
+def _available(q: Tensor, impl: str) -> tuple[str, ...]:
     """The implementations of this call, the one that "auto" stands for first."""
     # Triton's interpreter, on the CPU, is for tests, and has to be asked for by name.
     if q.device.type != "cuda" and impl != "triton":
         return ("chunked", "reference")
     if torch.compiler.is_compiling() or not fused.runs_on(q.device):
         return ("chunked", "reference")
-    missing = fused.why_not(q, k, gate, order, initial_state, output_final_state)
+    missing = fused.why_not(q)
     if not missing:
         return ("triton", "chunked", "reference")
     if impl == "triton":

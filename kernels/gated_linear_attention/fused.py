@@ -36,27 +36,10 @@ def runs_on(device: torch.device) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def why_not(
-    q: Tensor,
-    k: Tensor | None,
-    gate: Tensor | None,
-    order: Tensor | None,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-) -> str:
+def why_not(q: Tensor) -> str:
     """What of a call the kernels do not take, in words; nothing if they take it."""
-    if q.dtype == torch.float64 or (gate is not None and gate.dtype == torch.float64):
+    if q.dtype == torch.float64:
         return "float64"
-    if k is not None:
-        return "a key"
-    if gate is None:
-        return "log_decay"
-    if gate.dim() == 5:
-        return "one gate per direction"
-    if order is not None:
-        return "an order"
-    if initial_state is not None or output_final_state:
-        return "states"
     if q.device.type == "cpu" and q.dtype != torch.float32:
         return f"{q.dtype} in Triton's interpreter"
     return ""
@@ -71,36 +54,108 @@ def precision(q: Tensor) -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def forward(
-    q: Tensor, v: Tensor, gate: Tensor, gate_divisor: float, scale: float, direction: str
-) -> Tensor:
-    """o [B, N, H, V] in q's dtype, contiguous; without autograd."""
-    from metala_vision.kernels.gated_linear_attention.triton_fwd import forward_launches
+def _calls(q, v, k, gate, log_decay, gate_divisor, scale, direction, order) -> list:
+    """One call of the kernels; with one decay per direction, one for each."""
+    from metala_vision.kernels.gated_linear_attention.triton_states import Call
 
-    o, launches = forward_launches(q, v, gate, gate_divisor, scale, direction, precision(q))
-    _run(launches, q.device)
-    return o
+    decay = gate if log_decay is None else log_decay
+    mode = "none" if decay is None else "gate" if log_decay is None else "log"
+    numbers = (gate_divisor, scale)
+    if decay is None or decay.dim() == 4:
+        return [Call(q, v, k, decay, mode, order, *numbers, direction, precision(q))]
+    return [
+        Call(q, v, k, decay[i], mode, order, *numbers, way, precision(q))
+        for i, way in enumerate(("forward", "backward"))
+    ]
+
+
+def forward(
+    q: Tensor,
+    v: Tensor,
+    k: Tensor | None,
+    gate: Tensor | None,
+    log_decay: Tensor | None,
+    gate_divisor: float,
+    scale: float,
+    direction: str,
+    order: Tensor | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """As `chunked`, without autograd; o is contiguous."""
+    from metala_vision.kernels.gated_linear_attention.triton_fwd import forward_launches
+    from metala_vision.kernels.gated_linear_attention.triton_states import padded
+
+    calls = _calls(q, v, k, gate, log_decay, gate_divisor, scale, direction, order)
+    dtype = q.dtype if len(calls) == 1 else torch.float32  # a sum is rounded once
+    initial = None if initial_state is None else padded([initial_state], calls[0])
+    leaving = padded([None], calls[0]) if output_final_state else None
+    outputs = []
+    for call in calls:
+        o, launches = forward_launches(call, dtype, initial, leaving)
+        _run(launches, q.device)
+        outputs.append(o)
+    o = outputs[0] if len(calls) == 1 else sum(outputs).to(q.dtype)  # type: ignore[union-attr]
+    return o, None if leaving is None else _unpadded(leaving[:, 0], q, v)
 
 
 def backward(
     d_o: Tensor,
+    d_final: Tensor | None,
     q: Tensor,
     v: Tensor,
-    gate: Tensor,
+    k: Tensor | None,
+    gate: Tensor | None,
+    log_decay: Tensor | None,
     gate_divisor: float,
     scale: float,
     direction: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, v and gate, contiguous, each in the dtype of its own."""
+    order: Tensor | None,
+    initial_state: Tensor | None,
+) -> list[Tensor | None]:
+    """The gradients of q, v, k, gate, log_decay and initial_state, each in its own dtype; None
+    for one that is not there."""
     from metala_vision.kernels.gated_linear_attention.triton_bwd import backward_launches
+    from metala_vision.kernels.gated_linear_attention.triton_states import padded
 
-    if d_o.stride(3) != 1:  # a sum's gradient, for one
+    if d_o.stride(3) != 1 and d_o.shape[3] > 1:  # a sum's gradient, for one
         d_o = d_o.contiguous()
-    gradients, launches = backward_launches(
-        d_o, q, v, gate, gate_divisor, scale, direction, precision(q)
-    )
-    _run(launches, q.device)
-    return gradients
+    calls = _calls(q, v, k, gate, log_decay, gate_divisor, scale, direction, order)
+    dtype = None if len(calls) == 1 else torch.float32
+    initial = leaving = None
+    if initial_state is not None or d_final is not None:
+        initial = padded([initial_state, d_final], calls[0])
+        leaving = torch.empty_like(initial)
+    found = []
+    for call in calls:
+        gradients, launches = backward_launches(call, d_o, dtype, initial, leaving)
+        _run(launches, q.device)
+        found.append(gradients)
+    of = {
+        name: found[0][name] if len(calls) == 1 else found[0][name] + found[1][name]
+        for name in ("q", "k", "v")
+        if name in found[0]
+    }
+    decay = gate if log_decay is None else log_decay
+    if decay is not None:
+        each = [gradients["decay"] for gradients in found]
+        of["gate" if log_decay is None else "log_decay"] = (
+            each[0] if len(calls) == 1 else torch.stack(each)
+        )
+    if initial_state is not None:
+        assert leaving is not None
+        of["initial_state"] = _unpadded(leaving[:, 1], q, v)
+    given = {"q": q, "v": v, "k": k, "gate": gate, "log_decay": log_decay}
+    given["initial_state"] = initial_state
+    return [
+        None if x is None or name not in of else of[name].to(x.dtype) for name, x in given.items()
+    ]
+
+
+def _unpadded(states: Tensor, q: Tensor, v: Tensor) -> Tensor:
+    """States [B * H, state] as [B, H, K, V]."""
+    B, _, H, K = q.shape
+    return states.unflatten(0, (B, H))[:, :, :K, : v.shape[3]].contiguous()
 
 
 def _run(launches, device: torch.device) -> None:
@@ -114,27 +169,45 @@ def _run(launches, device: torch.device) -> None:
 
 
 class Fused(torch.autograd.Function):
-    """Saves q, v and gate alone, which their projections hold anyway."""
+    """Saves its inputs alone, which their projections hold anyway."""
 
     @staticmethod
-    def forward(ctx, q, v, gate, gate_divisor, scale, direction):
-        ctx.save_for_backward(q, v, gate)
+    def forward(
+        ctx, q, v, k, gate, log_decay, initial_state, order, gate_divisor, scale, direction,
+        output_final_state,
+    ):  # fmt: skip
+        ctx.save_for_backward(q, v, k, gate, log_decay, initial_state, order)
         ctx.options = (gate_divisor, scale, direction)
-        return forward(q, v, gate, *ctx.options)
+        ctx.with_final = output_final_state
+        o, final = forward(
+            q, v, k, gate, log_decay, *ctx.options, order, initial_state, output_final_state
+        )
+        return (o, final) if output_final_state else o
 
     @staticmethod
-    def backward(ctx, d_o):  # type: ignore[override]
-        q, v, gate = ctx.saved_tensors
+    def backward(ctx, d_o, d_final=None):  # type: ignore[override]
+        *tensors, order = ctx.saved_tensors
+        q, v, k, gate, log_decay, initial_state = tensors
         many = torch._C._functorch.is_legacy_batchedtensor(d_o)  # is_grads_batched
         if torch.is_grad_enabled() or many or torch._C._are_functorch_transforms_active():
             # For a second derivative, or many gradients at once: the portable form.
             create_graph = torch.is_grad_enabled()
-            wanted = [x for x, n in zip((q, v, gate), ctx.needs_input_grad, strict=False) if n]
+            needed = ctx.needs_input_grad[:6]
+            wanted = [x for x, n in zip(tensors, needed, strict=True) if n]
             with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
-                o, _ = chunked(q, v, None, gate, None, *ctx.options, None, None, False)
-                found = torch.autograd.grad(o, wanted, d_o, create_graph=create_graph)
+                results = chunked(
+                    q, v, k, gate, log_decay, *ctx.options, order, initial_state, ctx.with_final
+                )
+                given = [(x, d) for x, d in zip(results, (d_o, d_final), strict=True)
+                         if x is not None and d is not None]  # fmt: skip
+                found = torch.autograd.grad(
+                    [x for x, _ in given], wanted, [d for _, d in given],
+                    create_graph=create_graph, allow_unused=True,
+                )  # fmt: skip
             made = iter(found)
-            gradients = [next(made) if n else None for n in ctx.needs_input_grad[:3]]
+            gradients = [next(made) if n else None for n in needed]
         else:
-            gradients = backward(d_o, q, v, gate, *ctx.options)
-        return *gradients, None, None, None
+            gradients = backward(
+                d_o, d_final, q, v, k, gate, log_decay, *ctx.options, order, initial_state
+            )
+        return *gradients, None, None, None, None, None

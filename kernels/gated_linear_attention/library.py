@@ -16,10 +16,10 @@ from metala_vision.kernels.gated_linear_attention import fused
 from metala_vision.kernels.gated_linear_attention.chunked import chunked
 
 
-def _takes_kernels(q, k, gate, order) -> bool:
+def _takes_kernels(q: Tensor) -> bool:
     if q.device.type == "cpu":  # the interpreter is for tests, and asked for by name
         return False
-    return fused.runs_on(q.device) and not fused.why_not(q, k, gate, order, None, False)
+    return fused.runs_on(q.device) and not fused.why_not(q)
 
 
 @torch.library.custom_op("metala_vision::gated_linear_attention", mutates_args=())
@@ -35,9 +35,10 @@ def portable(
     order: Tensor | None,
 ) -> Tensor:
     """`gated_linear_attention` in eager Python; [B, N, H, V], contiguous."""
-    if _takes_kernels(q, k, gate, order):
-        assert gate is not None
-        return fused.forward(q, v, gate, gate_divisor, scale, direction)
+    if _takes_kernels(q):
+        return fused.forward(
+            q, v, k, gate, log_decay, gate_divisor, scale, direction, order, None, False
+        )[0]
     with torch.autocast(q.device.type, enabled=False):
         o, _ = chunked(q, v, k, gate, log_decay, gate_divisor, scale, direction, order, None, False)
     return o.contiguous()
@@ -53,9 +54,9 @@ def _gradients(d_o: Tensor, *arguments) -> list[Tensor]:
 
     arguments: those of `portable`, five tensors first.
     """
-    q, v, k, gate, _, gate_divisor, scale, direction, order = arguments
-    if _takes_kernels(q, k, gate, order):
-        return list(fused.backward(d_o, q, v, gate, gate_divisor, scale, direction))
+    if _takes_kernels(arguments[0]):
+        made = fused.backward(d_o, None, *arguments, None)
+        return [x for x in made if x is not None]
     given = [None if x is None else x.detach().requires_grad_() for x in arguments[:5]]
     with torch.enable_grad(), torch.autocast(d_o.device.type, enabled=False):
         o, _ = chunked(*given, *arguments[5:], None, False)

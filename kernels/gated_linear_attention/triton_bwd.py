@@ -18,6 +18,7 @@ from metala_vision.kernels._triton import (
     product,
     sums,
     tile,
+    tokens,
 )
 from metala_vision.kernels.gated_linear_attention.triton_fwd import (
     anchor_place,
@@ -28,7 +29,7 @@ from metala_vision.kernels.gated_linear_attention.triton_fwd import (
 )
 from metala_vision.kernels.gated_linear_attention.triton_states import (
     CHUNK,
-    configure,
+    Call,
     entering_segments,
     num_slots,
     states_launch,
@@ -116,14 +117,16 @@ def key_factors(log2_decay, k, DOT: tl.constexpr):
 
 @triton.jit
 def gradients_of_channels(
-    p_q, p_gate, p_v, p_do, p_states, p_dq, p_dgate, d_weight, d_weight_t, d_own, m, i_k,
-    H, rate, scale, q_n, gate_n, v_n, do_n,
+    p_q, p_k, p_decay, p_v, p_do, p_states, p_dq, p_dk, p_ddecay, d_weight, d_weight_t, d_own,
+    t, m, i_k, H, rate, scale, q_n, k_n, decay_n, v_n, do_n,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr,
     LEVELS: tl.constexpr, PLACE: tl.constexpr, KV: tl.constexpr, DIRECTION: tl.constexpr,
-    DOT: tl.constexpr,
+    DECAY: tl.constexpr, KEY: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """d_q and d_gate of a chunk in one tile of K, stored; its part of the weights transposed, and
-    its keys with the decay before and after them."""
+    """d_q, d_k and d_decay of a chunk in one tile of K, stored.
+
+    Returns its part of the weights transposed, and its keys with the decay before and after them.
+    """
     # Slots; one that the direction does not have is not read.
     KEYS_LEFT: tl.constexpr = 0
     KEYS_RIGHT: tl.constexpr = 1 if DIRECTION == "bidirectional" else 0
@@ -143,8 +146,8 @@ def gradients_of_channels(
     for i_v in range(0, NV):
         c_v = i_v * BV + tl.arange(0, BV)
         o_state = c_k[:, None] * (NV * BV) + c_v[None, :]
-        v = tile(p_v, v_n, r, c_v, m, V, 0.0)
-        d_o = tile(p_do, do_n, r, c_v, m, V, 0.0)
+        v = tile(p_v, v_n, t, c_v, m, V, 0.0)
+        d_o = tile(p_do, do_n, t, c_v, m, V, 0.0)
         if DIRECTION != "backward":
             keys = tl.load(p_states + KEYS_LEFT * KV + o_state)
             queries = tl.load(p_states + QUERIES_RIGHT * KV + o_state)
@@ -157,9 +160,10 @@ def gradients_of_channels(
             d_q_right += product(d_o, tl.trans(keys), DOT)
             d_k_left += product(v, tl.trans(queries), DOT)
             through += tl.sum(keys.to(tl.float32) * queries.to(tl.float32), 1)
-    gate = tile(p_gate, gate_n, r, c_k, m, K, float("inf"))
-    q = tile(p_q, q_n, r, c_k, m, K, 0.0).to(tl.float32) * scale
-    log2_decay, alpha, k = decay_and_key(gate, rate, DOT)
+    q = tile(p_q, q_n, t, c_k, m, K, 0.0).to(tl.float32) * scale
+    log2_decay, alpha, k = decay_and_key(
+        p_decay, decay_n, p_k, k_n, t, c_k, m, rate, K, DECAY, KEY, DOT
+    )
     qa = q * alpha
     k_before, k_after, before, after = key_factors(log2_decay, k, DOT)
     d_q_left *= before
@@ -186,26 +190,34 @@ def gradients_of_channels(
     # 3. A query's own decay and a token's own weight, then the gradients.
     d_log += qa * d_qa
     d_k += d_own[:, None] * q
-    d_gate = (d_log - alpha * d_k) * decay_slope(gate, rate)
     d_q = (d_qa * alpha + d_own[:, None] * k) * scale
     m_k = m[:, None] & (c_k < K)[None, :]
-    o_k = r[:, None] * (H * K) + c_k[None, :]
-    tl.store(p_dgate + o_k, d_gate.to(p_dgate.dtype.element_ty), mask=m_k)
+    o_k = t[:, None] * (H * K) + c_k[None, :]
     tl.store(p_dq + o_k, d_q.to(p_dq.dtype.element_ty), mask=m_k)
+    if KEY:
+        tl.store(p_dk + o_k, d_k.to(p_dk.dtype.element_ty), mask=m_k)
+    else:
+        d_log -= alpha * d_k
+    if DECAY == "gate":
+        d_log *= decay_slope(tile(p_decay, decay_n, t, c_k, m, K, float("inf")), rate)
+    if DECAY != "none":
+        tl.store(p_ddecay + o_k, d_log.to(p_ddecay.dtype.element_ty), mask=m_k)
     return weight_t, k_before, k_after
 
 
 @triton.jit
 def gated_linear_attention_bwd_kernel(
-    p_q, p_gate, p_v, p_do, p_states, p_dq, p_dgate, p_dv,
+    p_q, p_k, p_decay, p_v, p_order, p_do, p_states, p_dq, p_dk, p_ddecay, p_dv,
     N, H, rate, scale,
-    q_b, q_n, q_h, gate_b, gate_n, gate_h, v_b, v_n, v_h, do_b, do_n, do_h,
+    q_b, q_n, q_h, k_b, k_n, k_h, decay_b, decay_n, decay_h, v_b, v_n, v_h, order_h,
+    do_b, do_n, do_h,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     NK: tl.constexpr, NV: tl.constexpr,
-    L: tl.constexpr, LEVELS: tl.constexpr, PLACE: tl.constexpr,
-    DIRECTION: tl.constexpr, DOT: tl.constexpr,
+    L: tl.constexpr, LEVELS: tl.constexpr, PLACE: tl.constexpr, DIRECTION: tl.constexpr,
+    DECAY: tl.constexpr, KEY: tl.constexpr, ORDER: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """d_q and d_gate [B, N, H, K], d_v [B, N, H, V], contiguous: one program per chunk.
+    """d_q, d_k (if KEY), d_decay (if there is one) [B, N, H, K] and d_v [B, N, H, V], contiguous:
+    one program per chunk.
 
     p_states [B * H, chunks, slots, state]: the states that enter each chunk.
     """
@@ -219,104 +231,102 @@ def gated_linear_attention_bwd_kernel(
     i_c = i_program % NC
     i_bh = i_program // NC
     i_b, i_h = i_bh // H, i_bh % H
-    r = tl.arange(0, L)
-    start = i_c * L
-    p_q += i_b * q_b + i_h * q_h + start * q_n
-    p_gate += i_b * gate_b + i_h * gate_h + start * gate_n
-    p_v += i_b * v_b + i_h * v_h + start * v_n
-    p_do += i_b * do_b + i_h * do_h + start * do_n
-    o_out = (i_b * N + start) * H + i_h
+    p_q += i_b * q_b + i_h * q_h
+    p_k += i_b * k_b + i_h * k_h
+    p_decay += i_b * decay_b + i_h * decay_h
+    p_v += i_b * v_b + i_h * v_h
+    p_do += i_b * do_b + i_h * do_h
+    o_out = i_b * N * H + i_h
     p_dq += o_out * K
-    p_dgate += o_out * K
+    p_dk += o_out * K
+    p_ddecay += o_out * K
     p_dv += o_out * V
     p_states += i_program * SLOTS * KV
-    m = start + r < N
+    t, m = tokens(p_order, order_h, i_h, i_c * L, N, L, ORDER)
     # Gradients of the weights are the same for every channel of the keys.
     d_weight = tl.zeros([L, L], tl.float32)
     d_weight_t = tl.zeros([L, L], tl.float32)
     d_own = tl.zeros([L], tl.float32)
     for i_v in range(0, NV):
         c_v = i_v * BV + tl.arange(0, BV)
-        v = tile(p_v, v_n, r, c_v, m, V, 0.0)
-        d_o = tile(p_do, do_n, r, c_v, m, V, 0.0)
+        v = tile(p_v, v_n, t, c_v, m, V, 0.0)
+        d_o = tile(p_do, do_n, t, c_v, m, V, 0.0)
         d_weight += product(d_o, tl.trans(v), DOT)
         d_weight_t += product(v, tl.trans(d_o), DOT)
         d_own += OWN * tl.sum(d_o.to(tl.float32) * v.to(tl.float32), 1)
     if NK == 1:
         weight_t, k_before, k_after = gradients_of_channels(
-            p_q, p_gate, p_v, p_do, p_states, p_dq, p_dgate, d_weight, d_weight_t, d_own, m, 0,
-            H, rate, scale, q_n, gate_n, v_n, do_n,
-            K, V, BK, BV, NV, LEVELS, PLACE, KV, DIRECTION, DOT,
+            p_q, p_k, p_decay, p_v, p_do, p_states, p_dq, p_dk, p_ddecay,
+            d_weight, d_weight_t, d_own, t, m, 0, H, rate, scale, q_n, k_n, decay_n, v_n, do_n,
+            K, V, BK, BV, NV, LEVELS, PLACE, KV, DIRECTION, DECAY, KEY, DOT,
         )  # fmt: skip
     else:
         weight_t = tl.zeros([L, L], tl.float32)
         for i_k in range(0, NK):
             more, _, _ = gradients_of_channels(
-                p_q, p_gate, p_v, p_do, p_states, p_dq, p_dgate, d_weight, d_weight_t, d_own,
-                m, i_k, H, rate, scale, q_n, gate_n, v_n, do_n,
-                K, V, BK, BV, NV, LEVELS, PLACE, KV, DIRECTION, DOT,
+                p_q, p_k, p_decay, p_v, p_do, p_states, p_dq, p_dk, p_ddecay,
+                d_weight, d_weight_t, d_own, t, m, i_k, H, rate, scale, q_n, k_n, decay_n, v_n,
+                do_n, K, V, BK, BV, NV, LEVELS, PLACE, KV, DIRECTION, DECAY, KEY, DOT,
             )  # fmt: skip
             weight_t += more
     for i_v in range(0, NV):
         c_v = i_v * BV + tl.arange(0, BV)
-        d_v = product(weight_t, tile(p_do, do_n, r, c_v, m, V, 0.0), DOT)
+        d_v = product(weight_t, tile(p_do, do_n, t, c_v, m, V, 0.0), DOT)
         for i_k in range(0, NK):
             c_k = i_k * BK + tl.arange(0, BK)
             o_state = c_k[:, None] * (NV * BV) + c_v[None, :]
             if NK > 1:  # one tile's factors are still there
-                gate = tile(p_gate, gate_n, r, c_k, m, K, float("inf"))
-                log2_decay, _, k = decay_and_key(gate, rate, DOT)
+                log2_decay, _, k = decay_and_key(
+                    p_decay, decay_n, p_k, k_n, t, c_k, m, rate, K, DECAY, KEY, DOT
+                )
                 k_before, k_after, _, _ = key_factors(log2_decay, k, DOT)
             if DIRECTION != "backward":
                 d_v += product(k_after, tl.load(p_states + QUERIES_RIGHT * KV + o_state), DOT)
             if DIRECTION != "forward":
                 d_v += product(k_before, tl.load(p_states + QUERIES_LEFT * KV + o_state), DOT)
-        tl.store(p_dv + r[:, None] * (H * V) + c_v[None, :], d_v.to(p_dv.dtype.element_ty),
+        tl.store(p_dv + t[:, None] * (H * V) + c_v[None, :], d_v.to(p_dv.dtype.element_ty),
                  mask=m[:, None] & (c_v < V)[None, :])  # fmt: skip
 
 
 def backward_launches(
+    call: Call,
     d_o: Tensor,
-    q: Tensor,
-    v: Tensor,
-    gate: Tensor,
-    gate_divisor: float,
-    scale: float,
-    direction: str,
-    dot: str,
-) -> tuple[tuple[Tensor, Tensor, Tensor], list[Launch]]:
-    """The gradients of q, v and gate, not yet written, and the launches that write them."""
-    B, N, H, K = q.shape
-    c = configure(N, K, v.shape[3], dot)
-    d_q, d_v, d_gate = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, v, gate))
-    tensors = (q, gate, v, d_o)
-    launches: list[Launch] = []
-    entering = q  # a placeholder where the kernel does not touch it
-    if c.num_segments > 1:
-        entering, launches = entering_segments(
-            c, tensors, gate_divisor, scale, direction, True, dot
-        )
-    slots = num_slots(direction, True)
+    dtype: torch.dtype | None = None,
+    initial: Tensor | None = None,
+    leaving: Tensor | None = None,
+) -> tuple[dict[str, Tensor], list[Launch]]:
+    """The gradients of q, k, decay and v that there are, not yet written, and the launches.
+
+    dtype: of the gradients, None for that of each input. One direction: initial
+    [B * H, 2, state], the state that entered the forward pass and the gradient of the one that
+    left; `leaving`, the same, takes in its second slot the gradient of the one that entered.
+    """
+    q, c = call.q, call.configuration
+    B, N, H, _ = q.shape
+    given = {"q": q, "k": call.k, "decay": call.decay, "v": call.v}
+    gradients = {
+        name: torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
+        for name, x in given.items()
+        if x is not None
+    }
+    entering, launches = entering_segments(call, d_o, initial)
+    slots = num_slots(call.direction, True)
     states = q.new_empty((B * H, c.num_chunks, slots, *c.state), dtype=c.state_dtype)
-    launches.append(
-        states_launch(
-            c, tensors, states, entering, entering, gate_divisor, scale, direction, True, True, dot
-        )
-    )
+    launches.append(states_launch(call, d_o, states=states, entering=entering, leaving=leaving))
+    written = (gradients.get(name, gradients["q"]) for name in given)
     launches.append(
         Launch(
             gated_linear_attention_bwd_kernel,
             B * H * c.num_chunks,
             (
-                *tensors, states, d_q, d_gate, d_v,
-                N, H, 1 / gate_divisor, scale,
-                *(stride for x in tensors for stride in x.stride()[:3]),
+                *call.tensors, d_o, states, *written, N, H, 1 / call.gate_divisor, call.scale,
+                *call.strides, *d_o.stride()[:3],
             ),
             {
-                **c.tiles, "L": CHUNK, "LEVELS": CHUNK.bit_length() - 1,
-                "PLACE": anchor_place(direction), "DIRECTION": direction, "DOT": dot,
+                **c.tiles, **call.modes, "L": CHUNK, "LEVELS": CHUNK.bit_length() - 1,
+                "PLACE": anchor_place(call.direction),
             },
             c.bwd_warps,
         )
     )  # fmt: skip
-    return (d_q, d_v, d_gate), launches
+    return gradients, launches

@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from metala_vision.kernels._triton import Launch, decay_and_key, product, sums, tile
+from metala_vision.kernels._triton import Launch, decay_and_key, product, sums, tile, tokens
 from metala_vision.kernels.gated_linear_attention.triton_states import (
     CHUNK,
-    configure,
+    Call,
     entering_segments,
     num_slots,
     states_launch,
@@ -63,14 +63,14 @@ def mild(log2_decay, r, PLACE: tl.constexpr):
 
 
 @triton.jit
-def pair_weights(q, qa, k, log2_decay, r, LEVELS: tl.constexpr, PLACE: tl.constexpr,
+def pair_weights(q, qa, k, log2_decay, L: tl.constexpr, LEVELS: tl.constexpr, PLACE: tl.constexpr,
                  DIRECTION: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
     """Weights [L, L] of the tokens j (columns) in the outputs of the tokens i of one chunk.
 
     qa is q * alpha: a query's own decay stands in each of its pairs.
     """
+    r = tl.arange(0, L)
     i, j = r[:, None], r[None, :]
-    L: tl.constexpr = r.shape[0]
     weight = tl.zeros([L, L], tl.float32)
     if mild(log2_decay, r, PLACE):
         inclusive = sums(anchor_side(i, j, PLACE), log2_decay, DOT)
@@ -93,20 +93,21 @@ def pair_weights(q, qa, k, log2_decay, r, LEVELS: tl.constexpr, PLACE: tl.conste
 
 @triton.jit
 def gated_linear_attention_fwd_kernel(
-    p_q, p_gate, p_v, p_o, p_right, p_entering,
+    p_q, p_k, p_decay, p_v, p_order, p_o, p_right, p_entering, p_leaving,
     N, H, NS, NC, rate, scale,
-    q_b, q_n, q_h, gate_b, gate_n, gate_h, v_b, v_n, v_h,
+    q_b, q_n, q_h, k_b, k_n, k_h, decay_b, decay_n, decay_h, v_b, v_n, v_h, order_h,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     NK: tl.constexpr, NV: tl.constexpr,
     L: tl.constexpr, LEVELS: tl.constexpr, PLACE: tl.constexpr,
-    DIRECTION: tl.constexpr, SEGMENTED: tl.constexpr, DOT: tl.constexpr,
+    ENTERING: tl.constexpr, LEAVING: tl.constexpr, DIRECTION: tl.constexpr, DECAY: tl.constexpr,
+    KEY: tl.constexpr, ORDER: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """o [B, N, H, V], contiguous, in one launch: one program per (batch, head, segment, tile of V).
 
     For one tile of K, as the state stays in registers. From right to left, the states that enter
     each chunk from the right go to p_right [programs, NC, BK, BV]; then from left to right, each
     chunk's output is written once. p_entering [B * H, NS, directions, state]: what enters a
-    segment, if SEGMENTED.
+    segment, if ENTERING. p_leaving [B * H, state]: what leaves the last one, if LEAVING.
     """
     SLOTS: tl.constexpr = 2 if DIRECTION == "bidirectional" else 1
     KV: tl.constexpr = BK * NV * BV
@@ -115,20 +116,21 @@ def gated_linear_attention_fwd_kernel(
     i_s = (i_program // NV) % NS
     i_bh = i_program // NV // NS
     i_b, i_h = i_bh // H, i_bh % H
-    r = tl.arange(0, L)
-    i, j = r[:, None], r[None, :]
+    i, j = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
     c_k, c_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     start = i_s * NC * L
     num_chunks = tl.minimum(NC, tl.cdiv(N - start, L))
-    p_q += i_b * q_b + i_h * q_h + start * q_n
-    p_gate += i_b * gate_b + i_h * gate_h + start * gate_n
-    p_v += i_b * v_b + i_h * v_h + start * v_n
-    p_o += ((i_b * N + start) * H + i_h) * V
+    p_q += i_b * q_b + i_h * q_h
+    p_k += i_b * k_b + i_h * k_h
+    p_decay += i_b * decay_b + i_h * decay_h
+    p_v += i_b * v_b + i_h * v_h
+    p_o += (i_b * N * H + i_h) * V
+    p_leaving += i_bh * KV + c_k[:, None] * (NV * BV) + c_v[None, :]
     p_right += i_program * NC * BK * BV + c_k[:, None] * BV + tl.arange(0, BV)[None, :]
     p_entering += (i_bh * NS + i_s) * SLOTS * KV + c_k[:, None] * (NV * BV) + c_v[None, :]
     left = tl.zeros([BK, BV], tl.float32)
     right = tl.zeros([BK, BV], tl.float32)
-    if SEGMENTED:
+    if ENTERING:
         if DIRECTION != "backward":
             left = tl.load(p_entering)
         if DIRECTION != "forward":
@@ -137,25 +139,30 @@ def gated_linear_attention_fwd_kernel(
         for n in range(0, num_chunks):
             c = (num_chunks - 1 - n).to(tl.int64)
             tl.store(p_right + c * BK * BV, right.to(p_right.dtype.element_ty))
-            m = start + c * L + r < N
-            gate = tile(p_gate + c * L * gate_n, gate_n, r, c_k, m, K, float("inf"))
-            v = tile(p_v + c * L * v_n, v_n, r, c_v, m, V, 0.0)
-            log2_decay, _, k = decay_and_key(gate, rate, DOT)
+            t, m = tokens(p_order, order_h, i_h, start + c * L, N, L, ORDER)
+            v = tile(p_v, v_n, t, c_v, m, V, 0.0)
+            log2_decay, _, k = decay_and_key(
+                p_decay, decay_n, p_k, k_n, t, c_k, m, rate, K, DECAY, KEY, DOT
+            )
             before = tl.exp2(sums(j < i, log2_decay, DOT))
             right = right * tl.exp2(tl.sum(log2_decay, 0))[:, None]
             right += product(tl.trans(k * before), v, DOT)
+        if LEAVING and DIRECTION == "backward":
+            if i_s == 0:
+                tl.store(p_leaving, right)
         # What a thread reads below, others have written. On AMD the barrier alone does not wait for
         # stores, but the loop's loads are waited for after them, and that does.
         tl.debug_barrier()
     for n in range(0, num_chunks):
         c = tl.cast(n, tl.int64)
-        m = start + c * L + r < N
-        gate = tile(p_gate + c * L * gate_n, gate_n, r, c_k, m, K, float("inf"))
-        q = tile(p_q + c * L * q_n, q_n, r, c_k, m, K, 0.0).to(tl.float32) * scale
-        v = tile(p_v + c * L * v_n, v_n, r, c_v, m, V, 0.0)
-        log2_decay, alpha, k = decay_and_key(gate, rate, DOT)
+        t, m = tokens(p_order, order_h, i_h, start + c * L, N, L, ORDER)
+        q = tile(p_q, q_n, t, c_k, m, K, 0.0).to(tl.float32) * scale
+        v = tile(p_v, v_n, t, c_v, m, V, 0.0)
+        log2_decay, alpha, k = decay_and_key(
+            p_decay, decay_n, p_k, k_n, t, c_k, m, rate, K, DECAY, KEY, DOT
+        )
         qa = q * alpha
-        weight = pair_weights(q, qa, k, log2_decay, r, LEVELS, PLACE, DIRECTION, DOT)
+        weight = pair_weights(q, qa, k, log2_decay, L, LEVELS, PLACE, DIRECTION, DOT)
         o = product(weight, v, DOT)
         after = tl.exp2(sums(j > i, log2_decay, DOT))
         if DIRECTION != "forward":
@@ -165,20 +172,22 @@ def gated_linear_attention_fwd_kernel(
             o += product(qa * before, left, DOT)
             left = left * tl.exp2(tl.sum(log2_decay, 0))[:, None]
             left += product(tl.trans(k * after), v, DOT)
-        p_row = p_o + (c * L + r[:, None]) * (H * V)
-        tl.store(p_row + c_v[None, :], o.to(p_o.dtype.element_ty),
+        tl.store(p_o + t[:, None] * (H * V) + c_v[None, :], o.to(p_o.dtype.element_ty),
                  mask=m[:, None] & (c_v < V)[None, :])  # fmt: skip
+    if LEAVING and DIRECTION == "forward":
+        if i_s == NS - 1:
+            tl.store(p_leaving, left)
 
 
 @triton.jit
 def gated_linear_attention_fwd_kernel_wide(
-    p_q, p_gate, p_v, p_o, p_states,
+    p_q, p_k, p_decay, p_v, p_order, p_o, p_states,
     N, H, rate, scale,
-    q_b, q_n, q_h, gate_b, gate_n, gate_h, v_b, v_n, v_h,
+    q_b, q_n, q_h, k_b, k_n, k_h, decay_b, decay_n, decay_h, v_b, v_n, v_h, order_h,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     NK: tl.constexpr, NV: tl.constexpr,
-    L: tl.constexpr, LEVELS: tl.constexpr, PLACE: tl.constexpr,
-    DIRECTION: tl.constexpr, DOT: tl.constexpr,
+    L: tl.constexpr, LEVELS: tl.constexpr, PLACE: tl.constexpr, DIRECTION: tl.constexpr,
+    DECAY: tl.constexpr, KEY: tl.constexpr, ORDER: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """o [B, N, H, V], contiguous, for any width of keys: one program per (chunk, tile of V).
 
@@ -192,79 +201,74 @@ def gated_linear_attention_fwd_kernel_wide(
     i_c = (i_program // NV) % NC
     i_bh = i_program // NV // NC
     i_b, i_h = i_bh // H, i_bh % H
-    r = tl.arange(0, L)
-    i, j = r[:, None], r[None, :]
+    i, j = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
     c_v = i_v * BV + tl.arange(0, BV)
-    start = i_c * L
-    m = start + r < N
-    p_q += i_b * q_b + i_h * q_h + start * q_n
-    p_gate += i_b * gate_b + i_h * gate_h + start * gate_n
-    p_v += i_b * v_b + i_h * v_h + start * v_n
+    t, m = tokens(p_order, order_h, i_h, i_c * L, N, L, ORDER)
+    p_q += i_b * q_b + i_h * q_h
+    p_k += i_b * k_b + i_h * k_h
+    p_decay += i_b * decay_b + i_h * decay_h
+    p_v += i_b * v_b + i_h * v_h
     p_states += (i_bh * NC + i_c) * SLOTS * KV
     weight = tl.zeros([L, L], tl.float32)
     o = tl.zeros([L, BV], tl.float32)
     for i_k in range(0, NK):
         c_k = i_k * BK + tl.arange(0, BK)
         o_state = c_k[:, None] * (NV * BV) + c_v[None, :]
-        gate = tile(p_gate, gate_n, r, c_k, m, K, float("inf"))
-        q = tile(p_q, q_n, r, c_k, m, K, 0.0).to(tl.float32) * scale
-        log2_decay, alpha, k = decay_and_key(gate, rate, DOT)
+        q = tile(p_q, q_n, t, c_k, m, K, 0.0).to(tl.float32) * scale
+        log2_decay, alpha, k = decay_and_key(
+            p_decay, decay_n, p_k, k_n, t, c_k, m, rate, K, DECAY, KEY, DOT
+        )
         qa = q * alpha
-        weight += pair_weights(q, qa, k, log2_decay, r, LEVELS, PLACE, DIRECTION, DOT)
+        weight += pair_weights(q, qa, k, log2_decay, L, LEVELS, PLACE, DIRECTION, DOT)
         if DIRECTION != "backward":
             before = tl.exp2(sums(j < i, log2_decay, DOT))
             o += product(qa * before, tl.load(p_states + o_state), DOT)
         if DIRECTION != "forward":
             after = tl.exp2(sums(j > i, log2_decay, DOT))
             o += product(qa * after, tl.load(p_states + (SLOTS - 1) * KV + o_state), DOT)
-    o += product(weight, tile(p_v, v_n, r, c_v, m, V, 0.0), DOT)
-    p_o += ((i_b * N + start) * H + i_h) * V
-    tl.store(p_o + r[:, None] * (H * V) + c_v[None, :], o.to(p_o.dtype.element_ty),
+    o += product(weight, tile(p_v, v_n, t, c_v, m, V, 0.0), DOT)
+    p_o += (i_b * N * H + i_h) * V
+    tl.store(p_o + t[:, None] * (H * V) + c_v[None, :], o.to(p_o.dtype.element_ty),
              mask=m[:, None] & (c_v < V)[None, :])  # fmt: skip
 
 
 def forward_launches(
-    q: Tensor, v: Tensor, gate: Tensor, gate_divisor: float, scale: float, direction: str, dot: str
+    call: Call, dtype: torch.dtype, initial: Tensor | None = None, leaving: Tensor | None = None
 ) -> tuple[Tensor, list[Launch]]:
-    """The output o [B, N, H, V], not yet written, and the launches that write it."""
-    B, N, H, K = q.shape
-    c = configure(N, K, v.shape[3], dot)
-    o = torch.empty(v.shape, dtype=q.dtype, device=q.device)
-    launches: list[Launch] = []
-    entering = right = o  # placeholders where a kernel does not touch them
-    tensors = (q, gate, v, v)
-    if c.num_segments > 1:
-        entering, launches = entering_segments(
-            c, tensors, gate_divisor, scale, direction, False, dot
-        )
-    strides = (*q.stride()[:3], *gate.stride()[:3], *v.stride()[:3])
+    """The output o [B, N, H, V] in dtype, not yet written, and the launches that write it.
+
+    One direction: initial [B * H, 1, state] enters, and what leaves goes to `leaving`, the same.
+    """
+    q, c, direction = call.q, call.configuration, call.direction
+    B, N, H, _ = q.shape
+    o = torch.empty(call.v.shape, dtype=dtype, device=q.device)
+    entering, launches = entering_segments(call, None, initial)
     constants = {
-        **c.tiles, "L": CHUNK, "LEVELS": CHUNK.bit_length() - 1, "PLACE": anchor_place(direction),
-        "DIRECTION": direction, "DOT": dot,
+        **c.tiles, **call.modes, "L": CHUNK, "LEVELS": CHUNK.bit_length() - 1,
+        "PLACE": anchor_place(direction),
     }  # fmt: skip
+    numbers = (1 / call.gate_divisor, call.scale, *call.strides)
     if c.tiles["NK"] == 1:
         programs = B * H * c.num_segments * c.tiles["NV"]
+        right = o  # a placeholder where the kernel does not touch it
         if direction != "forward":
             right = q.new_empty(
                 (programs, c.chunks_per_segment, c.tiles["BK"], c.tiles["BV"]), dtype=c.state_dtype
             )
+        buffers = (right, o if entering is None else entering, o if leaving is None else leaving)
         arguments = (
-            q, gate, v, o, right, entering,
-            N, H, c.num_segments, c.chunks_per_segment, 1 / gate_divisor, scale, *strides,
+            *call.tensors, o, *buffers, N, H, c.num_segments, c.chunks_per_segment, *numbers
         )  # fmt: skip
-        constants["SEGMENTED"] = c.num_segments > 1
+        constants |= {"ENTERING": entering is not None, "LEAVING": leaving is not None}
         kernel = gated_linear_attention_fwd_kernel
     else:
         slots = num_slots(direction, False)
         states = q.new_empty((B * H, c.num_chunks, slots, *c.state), dtype=c.state_dtype)
         launches.append(
-            states_launch(
-                c, tensors, states, entering, entering, gate_divisor, scale, direction, False, True,
-                dot,
-            )
-        )  # fmt: skip
+            states_launch(call, None, states=states, entering=entering, leaving=leaving)
+        )
         programs = B * H * c.num_chunks * c.tiles["NV"]
-        arguments = (q, gate, v, o, states, N, H, 1 / gate_divisor, scale, *strides)
+        arguments = (*call.tensors, o, states, N, H, *numbers)
         kernel = gated_linear_attention_fwd_kernel_wide
     launches.append(Launch(kernel, programs, arguments, constants, c.fwd_warps))
     return o, launches

@@ -1,9 +1,10 @@
-"""Calls with a raw gate, and their truth: for the kernels in the interpreter and on a GPU."""
+"""Calls of the kernels and their truth, for the interpreter and for a GPU."""
 
 import torch
 
+from metala_vision.kernels.gated_linear_attention import gated_linear_attention
 from metala_vision.kernels.gated_linear_attention.reference import reference
-from tests._numerics import GATES, normal
+from tests._numerics import GATES, normal, relative_rms
 
 TAU = 16.0
 
@@ -28,3 +29,71 @@ def truth(q, v, gate, d_o, direction):
     )
     gradients = torch.autograd.grad(o, given, d_o.double())
     return {"o": o.detach(), **dict(zip(("q", "v", "gate"), gradients, strict=True))}
+
+
+MODES = {
+    "gate": {},
+    "gate, key": {"key": True},
+    "log decay": {"decay": "log_decay"},
+    "log decay, key": {"decay": "log_decay", "key": True},
+    "undecayed": {"decay": None, "key": True},
+    "two gates": {"per_direction": True},
+    "two log decays, key": {"decay": "log_decay", "key": True, "per_direction": True},
+    "order": {"order": "one"},
+    "order per head, wide": {"order": "per head", "K": 40, "V": 20},
+    "forward, states": {"direction": "forward", "states": True},
+    "backward, states": {"direction": "backward", "states": True},
+    "forward, states, wide": {"direction": "forward", "states": True, "K": 40},
+    "backward, states, wide, order": {
+        "direction": "backward", "states": True, "K": 40, "order": "per head",
+    },
+    "forward, undecayed": {"direction": "forward", "decay": None, "key": True},
+}  # fmt: skip
+
+
+def mode_errors(
+    N, gates="half-100-half+8", *, direction="bidirectional", decay="gate", key=False,
+    per_direction=False, order=None, states=False, B=1, H=2, K=16, V=16, device="cpu",
+    working_dtype=torch.float32,
+):  # fmt: skip
+    """Relative RMS error of the outputs and of every gradient of one call against float64."""
+    inputs = {name: normal(B, N, H, e, seed=i) for i, (name, e) in enumerate((("q", K), ("v", V)))}
+    if key:
+        inputs["k"] = normal(B, N, H, K, seed=2)
+    if decay:
+        gate = GATES[gates](normal(*([2] if per_direction else []), B, N, H, K, seed=3))
+        inputs[decay] = gate if decay == "gate" else torch.nn.functional.logsigmoid(gate) / TAU
+    if states:
+        inputs["initial_state"] = normal(B, H, K, V, seed=4)
+    visits = torch.stack([torch.randperm(N) for _ in range(H)])
+    visits = {None: None, "one": visits[0].int(), "per head": visits}[order]
+    visits = None if visits is None else visits.to(device)
+    incoming = [normal(B, N, H, V, seed=5), normal(B, H, K, V, seed=6)][: 1 + states]
+
+    def cast(name, x, dtype):
+        """Rounded as the kernels get it; states are float32."""
+        state = name in ("initial_state", "S")
+        x = x.to(torch.float32 if state else working_dtype)
+        dtype = torch.float32 if state and dtype != torch.float64 else dtype
+        return x.to(device, dtype).requires_grad_()
+
+    results = []
+    for impl, dtype in (("triton", working_dtype), ("reference", torch.float64)):
+        given = {name: cast(name, x, dtype) for name, x in inputs.items()}
+        out = gated_linear_attention(
+            **given, direction=direction, order=visits, output_final_state=states, impl=impl
+        )
+        out = list(out) if states else [out]
+        gradients = torch.autograd.grad(
+            out,
+            list(given.values()),
+            [cast(name, x, dtype).detach() for name, x in zip("oS", incoming, strict=False)],
+        )
+        results.append(
+            {
+                "o": out[0].detach(),
+                "S": out[-1].detach(),
+                **dict(zip(given, gradients, strict=True)),
+            }
+        )
+    return {name: relative_rms(results[0][name], x) for name, x in results[1].items()}

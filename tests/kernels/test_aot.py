@@ -27,33 +27,53 @@ from triton.compiler import ASTSource
 from metala_vision.kernels._triton import Launch
 from metala_vision.kernels.gated_linear_attention.triton_bwd import backward_launches
 from metala_vision.kernels.gated_linear_attention.triton_fwd import forward_launches
+from metala_vision.kernels.gated_linear_attention.triton_states import Call, padded
 
 pytestmark = pytest.mark.aot
 
 CUDA = {f"sm_{c}": GPUTarget("cuda", c, 32) for c in (80, 89, 90, 100, 120)}
 TARGETS = {**CUDA, "gfx942": GPUTarget("hip", "gfx942", 64)}
-TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+TYPES = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
+    torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
 DOTS = {"bf16": torch.bfloat16, "fp16": torch.float16, "ieee": torch.float32, "tf32": torch.float32}
 # Widths that differ in tiles: one of 16, one of each, several of V, several of both.
 WIDTHS = ((16, 16), (32, 64), (32, 128), (64, 128), (128, 256))
-# (kernel, DOT) that may spill so many bytes.
+# (kernel, DOT) that may spill so many bytes: ptxas settles for 128 or 168 registers of 255, or with
+# TF32's operands of twice bfloat16's size and several tiles of K, just misses 255.
 MAY_SPILL = {
-    # Operands take twice bfloat16's registers; several tiles of K and one direction: 24 on sm_90,
-    # with 8 warps too.
-    ("gated_linear_attention_bwd_kernel", "tf32"): 24,
-    # Tiles of 16 and one direction: ptxas takes 128 of the 255 registers it may, and 8 bytes.
-    ("gated_linear_attention_bwd_kernel", "ieee"): 8,
+    ("gated_linear_attention_states_kernel", "bf16"): 16,  # keys given
+    ("gated_linear_attention_fwd_kernel", "ieee"): 8,  # one direction, states
+    ("gated_linear_attention_bwd_kernel", "ieee"): 8,  # one direction, tiles of 16
+    ("gated_linear_attention_bwd_kernel", "tf32"): 32,  # one direction
+}
+# What else a call may bring: keys, the kind of decay, an order, states.
+MODES = {
+    "gate": {},
+    "gate, key, order": {"key": True, "order": 2},
+    "log decay": {"decay_mode": "log"},
+    "undecayed": {"decay_mode": "none", "key": True},
+    "order": {"order": 1},
+    "states": {"states": True},
 }
 
 
-def launches(K, V, N, dot, direction, B=2, H=3):
+def launches(
+    K, V, N, dot, direction, B=2, H=3, *, decay_mode="gate", key=False, order=0, states=False
+):
     """Those of one forward and one backward pass, on slices of one projection, as a layer has."""
-    x = torch.empty(B, N, H * (2 * K + V), dtype=DOTS[dot])
-    q, gate, v = (t.unflatten(2, (H, -1)) for t in x.split([H * K, H * K, H * V], 2))
-    d_o = torch.empty(B, N, H, V, dtype=DOTS[dot])
-    options = (16.0, K**-0.5, direction, "bf16" if dot == "fp16" else dot)
-    _, forward = forward_launches(q, v, gate, *options)
-    _, backward = backward_launches(d_o, q, v, gate, *options)
+    dtype = DOTS[dot]
+    x = torch.empty(B, N, H * (3 * K + V), dtype=dtype)
+    q, gate, k, v = (t.unflatten(2, (H, -1)) for t in x.split([H * K, H * K, H * K, H * V], 2))
+    visits = [None, torch.empty(N, dtype=torch.int32), torch.empty(H, N, dtype=torch.int64)][order]
+    call = Call(
+        q, v, k if key else None, None if decay_mode == "none" else gate, decay_mode, visits,
+        16.0, K**-0.5, direction, "bf16" if dot == "fp16" else dot,
+    )  # fmt: skip
+    one, two = (padded([None] * n, call) if states else None for n in (1, 2))
+    _, forward = forward_launches(call, dtype, one, one)
+    _, backward = backward_launches(call, torch.empty(B, N, H, V, dtype=dtype), None, two, two)
     return [*forward, *backward]
 
 
@@ -118,6 +138,12 @@ def test_one_direction_compiles_for_an_h100(direction, tmp_path):
     check("sm_90", 32, 64, 300, "bf16", direction, tmp_path)
 
 
+@pytest.mark.parametrize("mode", list(MODES)[1:])
+def test_every_mode_compiles_for_an_h100(mode, tmp_path):
+    direction = "forward" if mode == "states" else "bidirectional"
+    check("sm_90", 32, 64, 196, "bf16", direction, tmp_path, **MODES[mode])
+
+
 @pytest.mark.parametrize("dot", ["fp16", "ieee", "tf32"])
 def test_every_type_compiles_for_an_h100(dot, tmp_path):
     check("sm_90", 32, 64, 300, dot, "bidirectional", tmp_path)
@@ -143,6 +169,20 @@ def test_everything_compiles_for_every_target(target, width, N, dot, direction, 
     if target == "gfx942" and dot == "tf32":
         pytest.skip("Triton has TF32 for NVIDIA alone; fused.precision does not ask for it")
     check(target, *width, N, dot, direction, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "width", "N", "dot", "direction", "mode"),
+    list(product(
+        ("sm_90", "sm_100", "gfx942"), ((32, 64), (64, 128)), (196, 300), ("bf16", "ieee"),
+        ("forward", "bidirectional"), list(MODES)[1:],
+    )),
+)  # fmt: skip
+def test_every_mode_compiles(target, width, N, dot, direction, mode, tmp_path):
+    if mode == "states" and direction == "bidirectional":
+        pytest.skip("states are for one direction")
+    check(target, *width, N, dot, direction, tmp_path, **MODES[mode])
 
 
 def test_a_spill_is_noticed(tmp_path):

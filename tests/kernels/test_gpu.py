@@ -18,7 +18,7 @@ from metala_vision.kernels.gated_linear_attention import (
     gated_linear_attention_op,
 )
 from tests._numerics import GATES, LENGTHS, bound, relative_rms
-from tests.kernels._cases import TAU, inputs, truth
+from tests.kernels._cases import MODES, TAU, inputs, mode_errors, truth
 
 pytestmark = [
     pytest.mark.gpu,
@@ -65,6 +65,16 @@ def test_the_error_rule(N, gates, direction, dtype):
 @pytest.mark.parametrize(("K", "V"), [(1, 1), (16, 16), (32, 128), (33, 65), (64, 128), (128, 256)])
 def test_every_width(K, V, N, dtype):
     assert_rule(N, "half-100-half+8", "bidirectional", dtype, B=2, H=2, K=K, V=V)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("N", [1, 49, 300])
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode(mode, gates, N, dtype):
+    measured = mode_errors(N, gates, device="cuda", working_dtype=dtype, B=2, **MODES[mode])
+    for name, error in measured.items():
+        assert error <= bound(dtype, "gate" if name == "log_decay" else name), (name, error)
 
 
 @pytest.mark.parametrize(("K", "V"), [(16, 16), (32, 64), (64, 128), (128, 256)])

@@ -16,13 +16,13 @@ from metala_vision.kernels.gated_linear_attention import (
     gated_linear_attention,
 )
 from tests._numerics import GATES, LENGTHS, SAME, bound, normal, relative_rms
-from tests.kernels._cases import TAU, inputs, truth
+from tests.kernels._cases import MODES, TAU, inputs, mode_errors, truth
 
 if not fused.interpreted():
     pytest.skip("needs TRITON_INTERPRET=1: make test-kernels", allow_module_level=True)
 
 from metala_vision.kernels import _triton
-from metala_vision.kernels.gated_linear_attention import triton_bwd, triton_fwd
+from metala_vision.kernels.gated_linear_attention import triton_bwd, triton_fwd, triton_states
 from metala_vision.kernels.gated_linear_attention.chunked import plainly_eager
 
 pytestmark = [
@@ -48,12 +48,14 @@ def poisoned(monkeypatch):
 
 def run(q, v, gate, d_o, direction, dot):
     """o and the gradients of q, v and gate, by the kernels."""
-    scale = q.shape[3] ** -0.5
-    o, launches = triton_fwd.forward_launches(q, v, gate, TAU, scale, direction, dot)
-    gradients, more = triton_bwd.backward_launches(d_o, q, v, gate, TAU, scale, direction, dot)
+    call = triton_states.Call(
+        q, v, None, gate, "gate", None, TAU, q.shape[3] ** -0.5, direction, dot
+    )
+    o, launches = triton_fwd.forward_launches(call, q.dtype)
+    gradients, more = triton_bwd.backward_launches(call, d_o)
     for launch in (*launches, *more):
         launch.run()
-    return {"o": o, "q": gradients[0], "v": gradients[1], "gate": gradients[2]}
+    return {"o": o, "q": gradients["q"], "v": gradients["v"], "gate": gradients["decay"]}
 
 
 def errors(N, gates, direction, dot, **shape):
@@ -203,7 +205,63 @@ def test_one_direction_ends_where_the_future_begins():
         assert relative_rms(other[:, 20:], o[:, 20:]) > 0.1
 
 
-# The way in: impl="triton".
+# Every mode, by the way in: impl="triton".
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_meets_the_rule(mode):
+    assert_rule(mode_errors(21, **MODES[mode]), "ieee")
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_states_cross_segments(direction):
+    measured = mode_errors(270, direction=direction, states=True, key=True, H=1)
+    assert_rule(measured, "ieee")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("N", [1, 16, 49, 270])
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_and_gate_set_meets_the_rule(mode, gates, N):
+    assert_rule(mode_errors(N, gates, **MODES[mode]), "ieee")
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_an_order_inside_gives_the_bits_of_one_outside(per_head):
+    N, H = 37, 2
+    q, v, gate, d_o = inputs(N, H=H)
+    visits = torch.stack([torch.randperm(N) for _ in range(H)])
+    visits = visits if per_head else visits[:1].expand(H, N)
+    index = visits.t()[None, :, :, None]  # [1, N, H, 1]
+
+    def visit(x):
+        return x.gather(1, index.expand(x.shape))
+
+    given = [x.requires_grad_() for x in (q, v, gate)]
+    inside = gated_linear_attention(
+        q, v, gate=gate, order=visits if per_head else visits[0], impl="triton"
+    )
+    outside = gated_linear_attention(visit(q), visit(v), gate=visit(gate), impl="triton")
+    outside = torch.zeros_like(outside).scatter(1, index.expand(outside.shape), outside)
+    assert torch.equal(inside, outside)
+    for ours, other in zip(
+        torch.autograd.grad(inside, given, d_o), torch.autograd.grad(outside, given, d_o),
+        strict=True,
+    ):  # fmt: skip
+        assert torch.equal(ours, other)
+
+
+def test_two_segments_with_a_carried_state_are_one_pass():
+    q, v, gate, _ = inputs(40)
+    options = {"direction": "forward", "impl": "triton", "output_final_state": True}
+    whole, last = gated_linear_attention(q, v, gate=gate, **options)
+    first, state = gated_linear_attention(q[:, :23], v[:, :23], gate=gate[:, :23], **options)
+    second, end = gated_linear_attention(
+        q[:, 23:], v[:, 23:], gate=gate[:, 23:], initial_state=state, **options
+    )
+    assert relative_rms(torch.cat([first, second], 1), whole) <= SAME
+    assert relative_rms(end, last) <= SAME
 
 
 def leaves(**shape):
@@ -292,17 +350,13 @@ def test_many_gradients_at_once_and_forward_mode():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"k": torch.zeros(1, 4, 1, 8)}, "impl='triton' does not take a key; accepted: auto"),
-        ({"gate": torch.zeros(2, 1, 4, 1, 8)}, "does not take one gate per direction"),
-        ({"order": torch.arange(4)}, "does not take an order"),
-        ({"direction": "forward", "output_final_state": True}, "does not take states"),
         (
             {"q": torch.zeros(1, 4, 1, 8).half(), "v": torch.zeros(1, 4, 1, 8).half()},
             r"does not take torch\.float16 in Triton's interpreter",
         ),
         (
             {"q": torch.zeros(1, 4, 1, 8).double(), "v": torch.zeros(1, 4, 1, 8).double()},
-            "does not take float64",
+            "impl='triton' does not take float64; accepted: auto, chunked",
         ),
         ({"q": torch.zeros(1, 0, 1, 8), "v": torch.zeros(1, 0, 1, 8)}, "no dimension may be 0"),
         ({"q": torch.zeros(1, 4, 1, 129)}, "K <= 128 and V <= 256 are supported, got K=129"),
