@@ -40,6 +40,8 @@ def why_not(q: Tensor) -> str:
     """What of a call the kernels do not take, in words; nothing if they take it."""
     if q.dtype == torch.float64:
         return "float64"
+    if torch._C._are_functorch_transforms_active():
+        return "transforms of functorch"
     if q.device.type == "cpu" and q.dtype != torch.float32:
         return f"{q.dtype} in Triton's interpreter"
     return ""
@@ -58,6 +60,8 @@ def _calls(q, v, k, gate, log_decay, gate_divisor, scale, direction, order) -> l
     """One call of the kernels; with one decay per direction, one for each."""
     from metala_vision.kernels.gated_linear_attention.triton_states import Call
 
+    if order is not None and order.stride(-1) != 1:
+        order = order.contiguous()
     decay = gate if log_decay is None else log_decay
     mode = "none" if decay is None else "gate" if log_decay is None else "log"
     numbers = (gate_divisor, scale)
@@ -188,7 +192,9 @@ class Fused(torch.autograd.Function):
     def backward(ctx, d_o, d_final=None):  # type: ignore[override]
         *tensors, order = ctx.saved_tensors
         q, v, k, gate, log_decay, initial_state = tensors
-        many = torch._C._functorch.is_legacy_batchedtensor(d_o)  # is_grads_batched
+        many = any(  # is_grads_batched
+            x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in (d_o, d_final)
+        )
         if torch.is_grad_enabled() or many or torch._C._are_functorch_transforms_active():
             # For a second derivative, or many gradients at once: the portable form.
             create_graph = torch.is_grad_enabled()

@@ -65,7 +65,7 @@ def mode_errors(
         inputs[decay] = gate if decay == "gate" else torch.nn.functional.logsigmoid(gate) / TAU
     if states:
         inputs["initial_state"] = normal(B, H, K, V, seed=4)
-    visits = torch.stack([torch.randperm(N) for _ in range(H)])
+    visits = torch.stack([torch.randperm(N) for _ in range(H)], 1).t()  # not contiguous
     visits = {None: None, "one": visits[0].int(), "per head": visits}[order]
     visits = None if visits is None else visits.to(device)
     incoming = [normal(B, N, H, V, seed=5), normal(B, H, K, V, seed=6)][: 1 + states]

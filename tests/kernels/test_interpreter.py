@@ -342,6 +342,15 @@ def test_many_gradients_at_once_and_forward_mode():
     (both,) = torch.autograd.grad(o, gate, several, is_grads_batched=True, retain_graph=True)
     assert relative_rms(both[0], torch.autograd.grad(o, gate, d_o)[0]) <= SAME
     assert relative_rms(both[1], -both[0]) <= SAME
+    state = torch.zeros(1, 1, 4, 4, requires_grad=True)
+    _, last = gated_linear_attention(
+        q, v, gate=gate, direction="forward", initial_state=state, output_final_state=True,
+        impl="triton",
+    )  # fmt: skip
+    (both,) = torch.autograd.grad(last, state, torch.ones(2, *last.shape), is_grads_batched=True)
+    assert torch.isfinite(both).all() and torch.equal(both[0], both[1])
+    with pytest.raises(ValueError, match="does not take transforms of functorch"):
+        torch.func.grad(lambda q: gated_linear_attention(q, v, gate=gate, impl="triton").sum())(q)
     with torch.autograd.forward_ad.dual_level():
         assert not plainly_eager(q)
     assert plainly_eager(q)
