@@ -84,7 +84,7 @@ def milliseconds(call: Callable[[], object]) -> float:
     if GPU:
         from triton.testing import do_bench
 
-        return do_bench(call, warmup=50, rep=200, return_mode="median")  # type: ignore[return-value]
+        return float(do_bench(call, warmup=50, rep=200, return_mode="median"))
     call()
     times = []
     for _ in range(5):

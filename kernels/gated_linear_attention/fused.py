@@ -4,6 +4,7 @@ Triton is imported when a call needs it, never before. Letters as in api.py.
 """
 
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -29,9 +30,7 @@ def runs_on(device: torch.device) -> bool:
     # The interpreter would take a GPU's tensors too, and multiply 16-bit ones wrongly.
     if device.type != "cuda" or not torch.cuda.is_available() or interpreted():
         return False
-    try:
-        import triton  # noqa: F401
-    except ImportError:
+    if find_spec("triton") is None:
         return False
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
@@ -99,7 +98,7 @@ def forward(
         o, launches = forward_launches(call, dtype, initial, leaving)
         _run(launches, q.device)
         outputs.append(o)
-    o = outputs[0] if len(calls) == 1 else sum(outputs).to(q.dtype)  # type: ignore[union-attr]
+    o = outputs[0] if len(calls) == 1 else (outputs[0] + outputs[1]).to(q.dtype)
     return o, None if leaving is None else _unpadded(leaving[:, 0], q, v)
 
 
@@ -189,7 +188,7 @@ class Fused(torch.autograd.Function):
         return (o, final) if output_final_state else o
 
     @staticmethod
-    def backward(ctx, d_o, d_final=None):  # type: ignore[override]
+    def backward(ctx, d_o, d_final=None):  # type: ignore[override] # torch declares (ctx, *grads)
         *tensors, order = ctx.saved_tensors
         q, v, k, gate, log_decay, initial_state = tensors
         many = any(  # is_grads_batched

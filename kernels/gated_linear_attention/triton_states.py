@@ -14,6 +14,7 @@ direction alone has one slot for keys and one for queries.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -219,24 +220,24 @@ class Call:
     direction: str
     dot: str
 
-    @property
+    @cached_property
     def configuration(self) -> Configuration:
         return configure(self.q.shape[1], self.q.shape[3], self.v.shape[3], self.dot)
 
-    @property
+    @cached_property
     def tensors(self) -> tuple[Tensor, ...]:
         """q, k, decay, v and order; in place of one that is not there, one that is."""
         others = (self.q if x is None else x for x in (self.k, self.decay))
         return self.q, *others, self.v, self.v if self.order is None else self.order
 
-    @property
+    @cached_property
     def strides(self) -> tuple[int, ...]:
         """Of q, k, decay and v over batch, token and head, and of order over heads."""
         strides = tuple(stride for x in self.tensors[:4] for stride in x.stride()[:3])
         per_head = self.order is not None and self.order.dim() == 2
         return *strides, self.tensors[4].stride(0) if per_head else 0
 
-    @property
+    @cached_property
     def modes(self) -> dict[str, Any]:
         return {
             "DECAY": self.decay_mode, "KEY": self.k is not None, "ORDER": self.order is not None,
