@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 # Implementations that an operator may offer; "auto" is resolved by `choose` and is none itself.
-IMPLS = ("auto", "triton", "chunked", "reference")
+IMPLS = ("auto", "triton", "chunked", "portable", "reference")
 
 
 def choose(impl: str, available: Sequence[str]) -> str:

@@ -57,7 +57,7 @@ def may_import_triton(module):
     """The kernels themselves, and what imports them when a call needs one."""
     name = module.split(".")[-1]
     return layer(module) == "kernels" and (
-        name.startswith(("triton_", "_triton")) or name == "fused"
+        name.startswith(("triton_", "_triton")) or name in ("fused", "_fused")
     )
 
 
@@ -107,6 +107,7 @@ def test_the_order_is_noticed_when_broken(module, source):
 
 def test_the_definition_and_the_portable_form_know_neither_triton_nor_each_other():
     portable = {f"{PACKAGE}.kernels.gated_linear_attention.{name}" for name in ("chunked", "pairs")}
+    portable |= {f"{PACKAGE}.kernels.gated_norm.portable", f"{PACKAGE}.kernels._portable"}
     for module, path in modules().items():
         names = imports(path.read_text(), module, False)
         if module.endswith(".reference"):

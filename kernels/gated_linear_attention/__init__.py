@@ -1,10 +1,10 @@
 """Gated linear attention: api.py is the entrance, reference.py the definition."""
 
+from metala_vision.kernels._portable import decay_and_key
 from metala_vision.kernels.gated_linear_attention.api import (
     DIRECTIONS,
     gated_linear_attention,
     gated_linear_attention_op,
 )
-from metala_vision.kernels.gated_linear_attention.chunked import decay_and_key
 
 __all__ = ["DIRECTIONS", "decay_and_key", "gated_linear_attention", "gated_linear_attention_op"]

@@ -6,9 +6,11 @@ B batch, N tokens, H heads, K key width per head, V value width per head.
 import torch
 from torch import Tensor
 
+from metala_vision.kernels._fused import implementations
 from metala_vision.kernels._impl import choose
+from metala_vision.kernels._portable import plainly_eager
 from metala_vision.kernels.gated_linear_attention import fused
-from metala_vision.kernels.gated_linear_attention.chunked import chunked, plainly_eager
+from metala_vision.kernels.gated_linear_attention.chunked import chunked
 from metala_vision.kernels.gated_linear_attention.library import portable
 from metala_vision.kernels.gated_linear_attention.reference import reference
 
@@ -129,7 +131,7 @@ def _run(
     )  # fmt: skip
     if initial_state is None and not output_final_state and _in_graph(q, impl):
         return portable(*arguments[:9]), None
-    form = choose(impl, _available(q, impl))
+    form = choose(impl, implementations(q, impl))
     if form == "triton" and (impl == "triton" or plainly_eager(q)):
         result = fused.Fused.apply(
             q, v, k, gate, log_decay, initial_state, order, gate_divisor, scale, direction,
@@ -143,21 +145,6 @@ def _run(
         with torch.autocast(device_type, enabled=False):
             return function(*arguments)
     return function(*arguments)
-
-
-def _available(q: Tensor, impl: str) -> tuple[str, ...]:
-    """The implementations of this call, the one that "auto" stands for first."""
-    # Triton's interpreter, on the CPU, is for tests, and has to be asked for by name.
-    if q.device.type != "cuda" and impl != "triton":
-        return ("chunked", "reference")
-    if torch.compiler.is_compiling() or not fused.runs_on(q.device):
-        return ("chunked", "reference")
-    missing = fused.why_not(q)
-    if not missing:
-        return ("triton", "chunked", "reference")
-    if impl == "triton":
-        raise ValueError(f"impl='triton' does not take {missing}; accepted: auto, chunked")
-    return ("chunked", "reference")
 
 
 def _in_graph(q: Tensor, impl: str) -> bool:

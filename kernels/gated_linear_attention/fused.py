@@ -3,47 +3,11 @@
 Triton is imported when a call needs it, never before. Letters as in api.py.
 """
 
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
+from metala_vision.kernels._fused import many_or_second, portable_gradients, run
 from metala_vision.kernels.gated_linear_attention.chunked import chunked
-
-
-@cache
-def interpreted() -> bool:
-    """Whether Triton runs its kernels in Python, on the CPU (TRITON_INTERPRET=1)."""
-    try:
-        from triton import knobs
-    except ImportError:
-        return False
-    return bool(knobs.runtime.interpret)
-
-
-@cache
-def runs_on(device: torch.device) -> bool:
-    """Whether there are kernels for a device: a GPU of compute capability 8.0 on, or AMD's."""
-    if device.type == "cpu":
-        return interpreted()
-    # The interpreter would take a GPU's tensors too, and multiply 16-bit ones wrongly.
-    if device.type != "cuda" or not torch.cuda.is_available() or interpreted():
-        return False
-    if find_spec("triton") is None:
-        return False
-    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def why_not(q: Tensor) -> str:
-    """What of a call the kernels do not take, in words; nothing if they take it."""
-    if q.dtype == torch.float64:
-        return "float64"
-    if torch._C._are_functorch_transforms_active():
-        return "transforms of functorch"
-    if q.device.type == "cpu" and q.dtype != torch.float32:
-        return f"{q.dtype} in Triton's interpreter"
-    return ""
 
 
 def precision(q: Tensor) -> str:
@@ -96,7 +60,7 @@ def forward(
     outputs = []
     for call in calls:
         o, launches = forward_launches(call, dtype, initial, leaving)
-        _run(launches, q.device)
+        run(launches, q.device)
         outputs.append(o)
     o = outputs[0] if len(calls) == 1 else (outputs[0] + outputs[1]).to(q.dtype)
     return o, None if leaving is None else _unpadded(leaving[:, 0], q, v)
@@ -132,7 +96,7 @@ def backward(
     found = []
     for call in calls:
         gradients, launches = backward_launches(call, d_o, dtype, initial, leaving)
-        _run(launches, q.device)
+        run(launches, q.device)
         found.append(gradients)
     of = {
         name: found[0][name] if len(calls) == 1 else found[0][name] + found[1][name]
@@ -161,16 +125,6 @@ def _unpadded(states: Tensor, q: Tensor, v: Tensor) -> Tensor:
     return states.unflatten(0, (B, H))[:, :, :K, : v.shape[3]].contiguous()
 
 
-def _run(launches, device: torch.device) -> None:
-    if device.type == "cpu":
-        for launch in launches:
-            launch.run()
-        return
-    with torch.cuda.device(device):  # Triton launches on the current one
-        for launch in launches:
-            launch.run()
-
-
 class Fused(torch.autograd.Function):
     """Saves its inputs alone, which their projections hold anyway."""
 
@@ -191,26 +145,13 @@ class Fused(torch.autograd.Function):
     def backward(ctx, d_o, d_final=None):  # type: ignore[override] # torch declares (ctx, *grads)
         *tensors, order = ctx.saved_tensors
         q, v, k, gate, log_decay, initial_state = tensors
-        many = any(  # is_grads_batched
-            x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in (d_o, d_final)
-        )
-        if torch.is_grad_enabled() or many or torch._C._are_functorch_transforms_active():
-            # For a second derivative, or many gradients at once: the portable form.
-            create_graph = torch.is_grad_enabled()
-            needed = ctx.needs_input_grad[:6]
-            wanted = [x for x, n in zip(tensors, needed, strict=True) if n]
-            with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
-                results = chunked(
+        if many_or_second(d_o, d_final):
+            gradients = portable_gradients(
+                lambda: chunked(
                     q, v, k, gate, log_decay, *ctx.options, order, initial_state, ctx.with_final
-                )
-                given = [(x, d) for x, d in zip(results, (d_o, d_final), strict=True)
-                         if x is not None and d is not None]  # fmt: skip
-                found = torch.autograd.grad(
-                    [x for x, _ in given], wanted, [d for _, d in given],
-                    create_graph=create_graph, allow_unused=True,
-                )  # fmt: skip
-            made = iter(found)
-            gradients = [next(made) if n else None for n in needed]
+                ),
+                (d_o, d_final), tensors, ctx.needs_input_grad,
+            )  # fmt: skip
         else:
             gradients = backward(
                 d_o, d_final, q, v, k, gate, log_decay, *ctx.options, order, initial_state

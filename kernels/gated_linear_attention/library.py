@@ -12,6 +12,7 @@ Letters as in api.py.
 import torch
 from torch import Tensor
 
+from metala_vision.kernels._fused import runs_on, why_not
 from metala_vision.kernels.gated_linear_attention import fused
 from metala_vision.kernels.gated_linear_attention.chunked import chunked
 
@@ -19,7 +20,7 @@ from metala_vision.kernels.gated_linear_attention.chunked import chunked
 def _takes_kernels(q: Tensor) -> bool:
     if q.device.type == "cpu":  # the interpreter is for tests, and asked for by name
         return False
-    return fused.runs_on(q.device) and not fused.why_not(q)
+    return runs_on(q.device) and not why_not(q)
 
 
 @torch.library.custom_op("metala_vision::gated_linear_attention", mutates_args=())

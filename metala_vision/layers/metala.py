@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
@@ -17,12 +16,14 @@ from metala_vision.kernels.gated_linear_attention import (
     decay_and_key,
     gated_linear_attention_op,
 )
+from metala_vision.kernels.gated_norm import gated_norm_op
 
 from .conv import TokenConv
 from .pos_embed import rope2d
 from .scan import check_scans, token_order
 
 register_notrace_function(gated_linear_attention_op)
+register_notrace_function(gated_norm_op)
 jit_ignore: Any = torch.jit.ignore  # torch types the decorated function as a flag
 
 KEYS = ("decay", "projected")
@@ -42,24 +43,28 @@ def attend(
     turned_k: Tensor | None,
     v: Tensor,
     gates: Tensor,
+    output_gate: Tensor,
+    bias: Tensor,
     w_aug: Tensor | None,
     gate_divisor: float,
     direction: str,
     order: Tensor | None,
+    eps: float,
 ) -> Tensor:
-    """The operator, plus what each token adds to its own output (once, whatever the direction).
+    """The operator, what each token adds to its own output (once, whatever the direction), the norm
+    of each head and the output gate.
 
-        sigmoid((q . (w_aug * k)) v) - 1/2
-
-    The half is the same in every channel, and the norm behind takes it away exactly. Kept, it
-    would be a hundred times the output it is added to, and in 16 bits round that away.
+    What a token adds is sigmoid((q . (w_aug * k)) v) - 1/2: the half is the same in every channel,
+    and the norm takes it away exactly. Kept, it would be a hundred times the output it is added to,
+    and in 16 bits round that away.
 
     The operator takes queries and keys turned by their position. q, k [B, N, H, K], gates
-    [D, B, N, H, K], v [B, N, H, V], w_aug [H, K] -> [B, N, H, V] in v's dtype. A k that is None
-    is 1 - alpha.
+    [D, B, N, H, K], v, output_gate [B, N, H, V], bias [H, V], w_aug [H, K] -> [B, N, H, V] in v's
+    dtype. A k that is None is 1 - alpha.
     """
     scale = q.shape[3] ** -0.5
     D = gates.shape[0]
+    key = k
     if w_aug is not None and k is None and D == 1 and turned_k is None and q.device.type == "cpu":
         # The portable form would make decay and key once more; a kernel reads less from the gate.
         log_decay, key = decay_and_key(gates[0], gate_divisor)
@@ -71,11 +76,9 @@ def attend(
         o = gated_linear_attention_op(
             turned_q, v, turned_k, gate, None, gate_divisor, scale, direction, order
         )
-        key = decay_and_key(gates[0], gate_divisor)[1] if k is None else k
-    if w_aug is None:
-        return o
-    half = (q * (0.5 * w_aug) * key).sum(3, keepdim=True).to(v.dtype)
-    return torch.add(o, torch.tanh(half * v), alpha=0.5)
+    return gated_norm_op(
+        o, output_gate, bias, q, key, gates[0], v, w_aug, gate_divisor, "layer", eps
+    )
 
 
 class MetaLAMixer(nn.Module):
@@ -196,6 +199,7 @@ class MetaLAMixer(nn.Module):
             [H * K, D * H * K, keys, C, C], dim=3
         )
         q, v = q.reshape(B, N, H, K), v.reshape(B, N, H, V)
+        output_gate = output_gate.reshape(B, N, H, V)
         key: Tensor | None = k.reshape(B, N, H, K) if self.projected_key else None
         gates = gate.reshape(B, N, D, H, K).permute(2, 0, 1, 3, 4)
         query, turned = q, key
@@ -203,9 +207,9 @@ class MetaLAMixer(nn.Module):
             if turned is None:
                 turned = decay_key(gates[0], self.gate_divisor, q)
             query, turned = rope2d(q, Gh, Gw), rope2d(turned, Gh, Gw)
-        o = attend(
-            q, key, query, turned, v, gates, self.w_aug, self.gate_divisor, self.direction,
-            token_order(x, self.scans, H),
+        y = attend(
+            q, key, query, turned, v, gates, output_gate, self.output_gate_bias.view(H, V),
+            self.w_aug, self.gate_divisor, self.direction, token_order(x, self.scans, H),
+            self.norm_eps,
         )  # fmt: skip
-        o = F.layer_norm(o, [V], eps=self.norm_eps).reshape(B, Gh, Gw, C)
-        return self.out_proj(o * F.silu(output_gate + self.output_gate_bias))
+        return self.out_proj(y.reshape(B, Gh, Gw, C))

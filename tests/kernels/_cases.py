@@ -4,6 +4,7 @@ import torch
 
 from metala_vision.kernels.gated_linear_attention import gated_linear_attention
 from metala_vision.kernels.gated_linear_attention.reference import reference
+from metala_vision.kernels.gated_norm import gated_norm
 from tests._numerics import GATES, normal, relative_rms
 
 TAU = 16.0
@@ -96,4 +97,50 @@ def mode_errors(
                 **dict(zip(given, gradients, strict=True)),
             }
         )
+    return {name: relative_rms(results[0][name], x) for name, x in results[1].items()}
+
+
+# What a call of gated_norm may bring: keys or gates, a bias, the norm.
+NORM_MODES = {
+    "plain": {"aug": None, "bias": False},
+    "rms, bias": {"aug": None, "norm": "rms"},
+    "gate": {},
+    "key, rms": {"aug": "k", "norm": "rms", "bias": False},
+}
+
+
+def norm_inputs(
+    N, gates="N(0,1)", *, aug="gate", bias=True, B=2, H=2, K=16, V=16, dtype=torch.float32,
+    device="cpu",
+):  # fmt: skip
+    """Tensors by name; projections as slices of one, as a layer has them."""
+    one = normal(B, N, H * (2 * V + 2 * K), seed=0)
+    sizes = [H * K, H * V, H * K, H * V]
+    if aug == "gate":
+        one[..., : H * K] = GATES[gates](one[..., : H * K])
+    key, output_gate, q, v = (
+        x.unflatten(2, (H, -1)) for x in one.to(device, dtype).split(sizes, dim=2)
+    )
+    given = {"o": normal(B, N, H, V, seed=1), "output_gate": output_gate}
+    if bias:
+        given["bias"] = normal(H, V, seed=2)
+    if aug:
+        given |= {"q": q, aug: key, "v": v, "w_aug": normal(H, K, seed=3)}
+    return {name: x.to(device, dtype) for name, x in given.items()}
+
+
+def norm_errors(
+    N, gates="half-100-half+8", *, norm="layer", impl="triton", device="cpu",
+    working_dtype=torch.float32, **shape,
+):  # fmt: skip
+    """Relative RMS error of the output and of every gradient of one call against float64."""
+    inputs = norm_inputs(N, gates, **shape, dtype=working_dtype, device=device)
+    d_y = normal(*inputs["o"].shape, seed=9).to(working_dtype)
+    results = []
+    for form, dtype in ((impl, working_dtype), ("reference", torch.float64)):
+        given = {name: x.detach().to(dtype).requires_grad_() for name, x in inputs.items()}
+        y = gated_norm(**given, norm=norm, impl=form)
+        assert y.dtype == dtype
+        found = torch.autograd.grad(y, list(given.values()), d_y.to(device, dtype))
+        results.append({"y": y.detach(), **dict(zip(given, found, strict=True))})
     return {name: relative_rms(results[0][name], x) for name, x in results[1].items()}

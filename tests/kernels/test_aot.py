@@ -15,9 +15,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from metala_vision.kernels.gated_linear_attention import fused
+from metala_vision.kernels._fused import interpreted
 
-if fused.interpreted():
+if interpreted():
     pytest.skip("nothing is compiled under TRITON_INTERPRET=1", allow_module_level=True)
 import triton
 from triton.backends import nvidia
@@ -28,6 +28,9 @@ from metala_vision.kernels._triton import Launch
 from metala_vision.kernels.gated_linear_attention.triton_bwd import backward_launches
 from metala_vision.kernels.gated_linear_attention.triton_fwd import forward_launches
 from metala_vision.kernels.gated_linear_attention.triton_states import Call, padded
+from metala_vision.kernels.gated_norm.triton_bwd import backward_launch
+from metala_vision.kernels.gated_norm.triton_fwd import forward_launch
+from tests.kernels._cases import NORM_MODES, norm_inputs
 
 pytestmark = pytest.mark.aot
 
@@ -114,9 +117,23 @@ def compile_for(launch: Launch, target: GPUTarget, folder) -> tuple[int, int]:
     return sum(map(int, stack)), len(re.findall(r"wgmma|tcgen05", compiled.asm["ptx"]))
 
 
+def norm_launches(K, V, dtype, mode):
+    """Those of one forward and one backward pass of the gated norm."""
+    options = dict(NORM_MODES[mode])
+    norm = options.pop("norm", "layer")
+    given = norm_inputs(49, K=K, V=V, dtype=dtype, **options)
+    names = ("o", "output_gate", "bias", "q", "k", "gate", "v", "w_aug")
+    arguments = (*(given.get(name) for name in names), 16.0, norm, 1e-5)
+    return [forward_launch(*arguments)[1], backward_launch(given["o"], *arguments)[1]]
+
+
 def check(target, K, V, N, dot, direction, folder, **shape):
+    check_launches(target, launches(K, V, N, dot, direction, **shape), dot, folder)
+
+
+def check_launches(target, of_a_call, dot, folder):
     seen = set()
-    for launch in launches(K, V, N, dot, direction, **shape):
+    for launch in of_a_call:
         name = launch.kernel.__name__
         key = (name, tuple(launch.constants.items()))
         if key in seen:
@@ -160,6 +177,29 @@ def test_the_models_widths_compile_for_every_target(target, tmp_path):
     check(target, 32, 64, 196, "bf16", "bidirectional", tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("mode", NORM_MODES)
+def test_the_gated_norm_compiles_for_an_h100(mode, dtype, tmp_path):
+    check_launches("sm_90", norm_launches(32, 64, dtype, mode), "", tmp_path)
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if t != "sm_90"])
+def test_the_models_gated_norm_compiles_for_every_target(target, tmp_path):
+    check_launches(target, norm_launches(32, 64, torch.bfloat16, "gate"), "", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "width", "dtype", "mode"),
+    list(product(
+        TARGETS, (*WIDTHS, (1, 1), (33, 65)), (torch.bfloat16, torch.float16, torch.float32),
+        NORM_MODES,
+    )),
+)  # fmt: skip
+def test_every_gated_norm_compiles(target, width, dtype, mode, tmp_path):
+    check_launches(target, norm_launches(*width, dtype, mode), "", tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "width", "N", "dot", "direction"),
@@ -183,6 +223,14 @@ def test_every_mode_compiles(target, width, N, dot, direction, mode, tmp_path):
     if mode == "states" and direction == "bidirectional":
         pytest.skip("states are for one direction")
     check(target, *width, N, dot, direction, tmp_path, **MODES[mode])
+
+
+def test_up_to_256_tokens_a_forward_pass_is_one_launch():
+    def forward(N):
+        names = [x.kernel.__name__ for x in launches(32, 64, N, "bf16", "bidirectional")]
+        return names.index("gated_linear_attention_fwd_kernel") + 1
+
+    assert [forward(N) for N in (1, 196, 256, 257, 4096)] == [1, 1, 1, 3, 3]
 
 
 def test_a_spill_is_noticed(tmp_path):

@@ -17,8 +17,18 @@ from metala_vision.kernels.gated_linear_attention import (
     gated_linear_attention,
     gated_linear_attention_op,
 )
+from metala_vision.kernels.gated_norm import gated_norm
 from tests._numerics import GATES, LENGTHS, bound, relative_rms
-from tests.kernels._cases import MODES, TAU, inputs, mode_errors, truth
+from tests.kernels._cases import (
+    MODES,
+    NORM_MODES,
+    TAU,
+    inputs,
+    mode_errors,
+    norm_errors,
+    norm_inputs,
+    truth,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -75,6 +85,40 @@ def test_every_mode(mode, gates, N, dtype):
     measured = mode_errors(N, gates, device="cuda", working_dtype=dtype, B=2, **MODES[mode])
     for name, error in measured.items():
         assert error <= bound(dtype, "gate" if name == "log_decay" else name), (name, error)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("K", "V"), [(1, 2), (16, 16), (32, 64), (33, 65), (64, 128), (128, 256)])
+@pytest.mark.parametrize("N", [1, 196, 4097])
+# Of other sets, most gradients are below float16's range.
+@pytest.mark.parametrize("gates", ["N(0,1)", "half-100-half+8"])
+@pytest.mark.parametrize("mode", NORM_MODES)
+def test_the_gated_norm(mode, gates, N, K, V, dtype):
+    measured = norm_errors(
+        N, gates, device="cuda", working_dtype=dtype, K=K, V=V, **NORM_MODES[mode]
+    )
+    for name, error in measured.items():
+        assert error <= bound(dtype, name), (name, error)
+
+
+def test_the_gated_norm_eager_compiled_in_a_cuda_graph_and_every_time():
+    given = norm_inputs(196, dtype=torch.bfloat16, device="cuda", K=32, V=64)
+    leaves = {name: x.detach().requires_grad_() for name, x in given.items()}
+    y = gated_norm(**leaves)
+    assert "Fused" in type(y.grad_fn).__name__
+    first = torch.autograd.grad(y, list(leaves.values()), torch.ones_like(y))
+    for _ in range(5):
+        y = gated_norm(**leaves)
+        again = torch.autograd.grad(y, list(leaves.values()), torch.ones_like(y))
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    compiled = torch.compile(lambda x: gated_norm(**x), fullgraph=True)(given)
+    assert relative_rms(compiled, y.detach()) <= bound(torch.bfloat16, "y")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gated_norm(**given)
+    captured.zero_()
+    graph.replay()
+    assert torch.equal(captured, y.detach())
 
 
 @pytest.mark.parametrize(("K", "V"), [(16, 16), (32, 64), (64, 128), (128, 256)])

@@ -10,20 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from metala_vision.kernels.gated_linear_attention import (
-    DIRECTIONS,
-    fused,
-    gated_linear_attention,
-)
+from metala_vision.kernels._fused import interpreted
+from metala_vision.kernels.gated_linear_attention import DIRECTIONS, gated_linear_attention
 from tests._numerics import GATES, LENGTHS, SAME, bound, normal, relative_rms
 from tests.kernels._cases import MODES, TAU, inputs, mode_errors, truth
 
-if not fused.interpreted():
+if not interpreted():
     pytest.skip("needs TRITON_INTERPRET=1: make test-kernels", allow_module_level=True)
 
 from metala_vision.kernels import _triton
+from metala_vision.kernels._portable import plainly_eager
 from metala_vision.kernels.gated_linear_attention import triton_bwd, triton_fwd, triton_states
-from metala_vision.kernels.gated_linear_attention.chunked import plainly_eager
 
 pytestmark = [
     pytest.mark.interpreter,

@@ -1,0 +1,224 @@
+"""Where the time of a MetaLA block goes, part by part.
+
+    python benchmarks/block.py [--batch B] [--size PIXELS] [--out FILE.json]
+
+For each part of a block of metala_tiny:
+
+launches  operations that write a tensor, as eager PyTorch calls them one by one
+bytes     a token, that these operations read and write in bfloat16
+floor     a token, if the part were one kernel: each input read once, each output written once
+ms        forward, and forward with backward: medians, on this device
+
+launches and bytes are counted, not measured: they are the same on every machine. The part between
+the operator and the output projection stands there twice: op by op, as a model runs it on a CPU,
+and as the kernel that a GPU runs. The last rows are the whole block, and the block compiled.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import metala_vision
+from metala_vision.kernels.gated_linear_attention import decay_and_key, gated_linear_attention
+from metala_vision.kernels.gated_norm import gated_norm
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+DTYPE = torch.bfloat16 if GPU else torch.float32
+KERNELS = ("operator", "self-augmentation, norm, gate: one kernel")
+Part = tuple[Callable[..., Any], list[Tensor]]
+
+
+class Traffic(TorchDispatchMode):
+    """Counts operations that write memory, and the bytes of what they read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = 0
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        written = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        held = {x.untyped_storage()._cdata for x in read}
+        if any(x.untyped_storage()._cdata not in held for x in written):  # else a view
+            self.launches += 1
+            self.bytes += sum(x.nbytes for x in (*read, *written))
+        return out
+
+
+def parts(device: str, dtype: torch.dtype, batch: int, size: int) -> dict[str, Part]:
+    """Each part as a function of its inputs, and the inputs."""
+    torch.manual_seed(0)
+    model: Any = timm.create_model("metala_tiny", depth=1, img_size=size).to(device, dtype)
+    block = model.blocks[0]
+    mixer = block.mixer
+    side = size // 16
+    B, N, C, H = batch, side * side, mixer.out_proj.in_features, mixer.num_heads
+    K, V = mixer.key_width, mixer.value_width
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, dtype=dtype)
+
+    def projected() -> tuple[Tensor, ...]:
+        one = random(B, N, H * (2 * K + 2 * V))
+        return tuple(
+            x.unflatten(2, (H, -1)) for x in one.split([H * K, H * K, H * V, H * V], dim=2)
+        )
+
+    x = random(B, side, side, C)
+    q, gate, v, output_gate = projected()
+    o = random(B, N, H, V)
+    bias = mixer.output_gate_bias.detach().view(H, V)
+    # As on a GPU from the gate; on a CPU the layer makes decay and key once, for both.
+    from_gate = device != "cpu"
+    log_decay, key = (gate, gate) if from_gate else decay_and_key(gate, 16.0)
+
+    def operator(q: Tensor, v: Tensor, decay: Tensor, key: Tensor) -> Any:
+        if from_gate:
+            return gated_linear_attention(q, v, gate=decay)
+        return gated_linear_attention(q, v, k=key, log_decay=decay)
+
+    def tail(impl: str) -> Callable[..., Any]:
+        def call(o: Tensor, g: Tensor, b: Tensor, q: Tensor, k: Tensor, v: Tensor, w: Tensor):
+            name = "gate" if from_gate else "k"
+            return gated_norm(o, g, b, q=q, v=v, w_aug=w, impl=impl, **{name: k})
+
+        return call
+
+    tail_inputs = [o, output_gate, bias, q, key, v, mixer.w_aug.detach()]
+    found: dict[str, Part] = {
+        "norm": (block.norm1, [x]),
+        "3x3 convolution, SiLU": (mixer.conv, [x]),
+        "input projection": (mixer.in_proj, [x]),
+    }
+    if not from_gate:
+        found["decay and key"] = (lambda gate: decay_and_key(gate, 16.0), [gate])
+    found |= {
+        "operator": (operator, [q, v, log_decay, key] if not from_gate else [q, v, gate, gate]),
+        "self-augmentation, norm, gate: op by op": (tail("portable"), tail_inputs),
+        "self-augmentation, norm, gate: one kernel": (tail("auto"), tail_inputs),
+        "output projection": (mixer.out_proj, [x]),
+        "residual": (torch.add, [x, x.clone()]),
+        "norm and channel mixer": (lambda x: block.mlp(block.norm2(x)), [x]),
+        "residual again": (torch.add, [x, x.clone()]),
+        "whole block": (block, [x]),
+    }
+    return found
+
+
+def counted(batch: int, size: int) -> dict[str, dict[str, float]]:
+    """launches, and bytes and floor per token, of each part in bfloat16."""
+    rows = {}
+    for name, (function, inputs) in parts("meta", torch.bfloat16, batch, size).items():
+        if name == "whole block":
+            continue
+        with torch.no_grad(), Traffic() as traffic:
+            out = function(*inputs)
+        tokens = batch * (size // 16) ** 2
+        distinct = {id(x): x for x in inputs}.values()
+        floor = sum(x.nbytes for x in (*distinct, *tree_leaves(out)))
+        rows[name] = {
+            "launches": traffic.launches, "bytes": traffic.bytes / tokens, "floor": floor / tokens,
+        }  # fmt: skip
+        if name in KERNELS:  # their states and second look at the inputs are not counted
+            rows[name] |= {"launches": 1, "bytes": floor / tokens}
+        if name == "norm and channel mixer":
+            rows[name]["floor"] = float("nan")  # products between
+    return rows
+
+
+def milliseconds(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median time of each; on a CPU in turn, on a GPU with the cache cold."""
+    if GPU:
+        from triton.testing import do_bench
+
+        return {name: float(do_bench(c, return_mode="median")) for name, c in calls.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(repeats + 2):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if i >= 2:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(column) for name, column in times.items()}
+
+
+def timed(batch: int, size: int, repeats: int) -> dict[str, dict[str, float]]:
+    found = parts(DEVICE, DTYPE, batch, size)
+    if not GPU:
+        del found[KERNELS[1]]
+    whole, (x,) = found["whole block"]
+    found["whole block, compiled"] = (torch.compile(whole), [x])
+
+    def forward(part: Part) -> Callable[[], object]:
+        def call() -> None:
+            with torch.no_grad():
+                part[0](*part[1])
+
+        return call
+
+    def step(part: Part) -> Callable[[], object]:
+        inputs = [x.detach().requires_grad_() for x in part[1]]
+
+        def call() -> None:
+            out = [x for x in tree_leaves(part[0](*inputs)) if x.requires_grad]
+            torch.autograd.backward(out, [torch.ones_like(x) for x in out])
+
+        return call
+
+    columns = {
+        "forward": milliseconds({n: forward(p) for n, p in found.items()}, repeats),
+        "step": milliseconds({n: step(p) for n, p in found.items()}, repeats),
+    }
+    return {name: {key: column[name] for key, column in columns.items()} for name in found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=128 if GPU else 8)
+    parser.add_argument("--size", type=int, default=224, help="of the image, a multiple of 16")
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--out", help="also write the rows as JSON")
+    arguments = parser.parse_args()
+    if arguments.size < 16 or arguments.size % 16 or arguments.batch < 1:
+        parser.error(
+            "--size must be a multiple of 16 and --batch >= 1, "
+            f"got --size {arguments.size} --batch {arguments.batch}"
+        )
+    name = torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads"
+    print(
+        f"metala_vision {metala_vision.__version__}, torch {torch.__version__}, {name}, {DTYPE}, "
+        f"batch {arguments.batch} at {arguments.size} px"
+    )
+    counts = counted(arguments.batch, arguments.size)
+    times = timed(arguments.batch, arguments.size, arguments.repeats)
+    names = [*counts, *(name for name in times if name not in counts)]
+    names.sort(key=lambda name: name.startswith("whole"))
+    rows = [{"part": name, **counts.get(name, {}), **times.get(name, {})} for name in names]
+    print("| part | launches | bytes | floor | forward ms | forward and backward ms |")
+    print("|---|---|---|---|---|---|")
+    for row in rows:
+        cells = [
+            "" if row.get(key) is None or row[key] != row[key] else f"{row[key]:.0f}"
+            for key in ("launches", "bytes", "floor")
+        ]
+        cells += [f"{row[key]:.3f}" if key in row else "not run" for key in ("forward", "step")]
+        print("| " + " | ".join([row["part"], *cells]) + " |")
+    if arguments.out:
+        with open(arguments.out, "w", encoding="utf-8") as file:
+            json.dump({"torch": torch.__version__, "device": name, "rows": rows}, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()
