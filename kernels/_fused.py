@@ -88,27 +88,33 @@ def many_or_second(*incoming: Tensor | None) -> bool:
 
 
 def portable_gradients(
-    function: Callable[[], Sequence[Tensor | None]],
+    function: Callable[..., Sequence[Tensor | None]],
     incoming: Sequence[Tensor | None],
     inputs: Sequence[Tensor | None],
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients of the inputs that need one, through the portable form and with autograd's graph.
 
-    function: recomputes the outputs, one for each of `incoming`, from the inputs.
+    function: of the inputs; gives the outputs, one for each of `incoming`. It gets aliases: an
+    input may have been made from another one, and that way from one to the other is not its own.
     """
     create_graph = torch.is_grad_enabled()
-    wanted = [x for x, n in zip(inputs, needed, strict=False) if n and x is not None]
     device_type = next(x.device.type for x in inputs if x is not None)
     with torch.enable_grad(), torch.autocast(device_type, enabled=False):
+        aliases: list[Tensor | None] = []
+        for x, n in zip(inputs, needed, strict=False):
+            if x is not None:
+                x = x.view_as(x) if create_graph else x.detach().requires_grad_(n)
+            aliases.append(x)
         given = [
             (x, d)
-            for x, d in zip(function(), incoming, strict=True)
+            for x, d in zip(function(*aliases), incoming, strict=True)
             if x is not None and d is not None
         ]
         found = torch.autograd.grad(
-            [x for x, _ in given], wanted, [d for _, d in given],
-            create_graph=create_graph, allow_unused=True,
+            [x for x, _ in given],
+            [x for x, n in zip(aliases, needed, strict=False) if n and x is not None],
+            [d for _, d in given], create_graph=create_graph, allow_unused=True,
         )  # fmt: skip
     made = iter(found)
     return [next(made) if n else None for _, n in zip(inputs, needed, strict=False)]

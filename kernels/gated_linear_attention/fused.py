@@ -147,7 +147,7 @@ class Fused(torch.autograd.Function):
         q, v, k, gate, log_decay, initial_state = tensors
         if many_or_second(d_o, d_final):
             gradients = portable_gradients(
-                lambda: chunked(
+                lambda q, v, k, gate, log_decay, initial_state: chunked(
                     q, v, k, gate, log_decay, *ctx.options, order, initial_state, ctx.with_final
                 ),
                 (d_o, d_final), tensors, ctx.needs_input_grad,

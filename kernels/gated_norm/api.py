@@ -62,7 +62,7 @@ def gated_norm(
         y [B, N, H, V] in o's dtype.
     Raises:
         ValueError: naming the argument, its value and what is accepted.
-    Compute: float32 in the kernels, whatever the input.
+    Compute: float32, for float64 o float64.
     """
     _validate(o, output_gate, bias, q, k, gate, v, w_aug, gate_divisor, norm, eps)
     return _run(
@@ -110,10 +110,17 @@ def _run(
 ) -> Tensor:
     if w_aug is None:
         q, k, gate, v = None, None, None, None
-    elif k is not None:
-        gate = None
+    else:
+        assert q is not None and v is not None and (k is not None or gate is not None)
+        if k is not None:
+            gate = None
     arguments = (o, output_gate, bias, q, k, gate, v, w_aug, gate_divisor, norm, eps)
-    form = choose(impl, implementations(o, impl, ("portable", "reference")))
+    # What the kernels do not take in one argument, they do not take at all.
+    widest = o
+    for x in (output_gate, bias, q, k, gate, v, w_aug):
+        if x is not None and x.dtype == torch.float64:
+            widest = x
+    form = choose(impl, implementations(widest, impl, ("portable", "reference")))
     if form == "triton" and (impl == "triton" or plainly_eager(o)):
         return Fused.apply(*arguments)
     return (reference if form == "reference" else portable)(*arguments)

@@ -27,7 +27,7 @@ class Fused(torch.autograd.Function):
         tensors = ctx.saved_tensors
         if many_or_second(d_y):
             gradients = portable_gradients(
-                lambda: [portable(*tensors, *ctx.options)], [d_y], tensors, ctx.needs_input_grad
+                lambda *x: [portable(*x, *ctx.options)], [d_y], tensors, ctx.needs_input_grad
             )
             return *gradients, None, None, None
         if d_y.stride(3) != 1 and d_y.shape[3] > 1:  # a sum's gradient, for one

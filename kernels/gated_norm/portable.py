@@ -23,25 +23,28 @@ def portable(
     norm: str,
     eps: float,
 ) -> Tensor:
-    """[B, N, H, V] in o's dtype."""
+    """[B, N, H, V] in o's dtype, computed in float32 (float64 for float64 o)."""
     over = in_place(o)
-    x = o
-    if w_aug is not None and q is not None and v is not None:
+    dtype = torch.float64 if o.dtype == torch.float64 else torch.float32
+    x = o.to(dtype)
+    if w_aug is not None:
+        assert q is not None and v is not None
         key = k
-        if key is None and gate is not None:
+        if key is None:
+            assert gate is not None
             key = decay_and_key(gate, gate_divisor)[1]
-        if key is not None:
-            weighted = q * (0.5 * w_aug)
-            same = weighted.dtype == key.dtype
-            weighted = weighted.mul_(key) if over and same else weighted * key
-            own = weighted.sum(3, keepdim=True).to(v.dtype) * v
-            x = torch.add(x, own.tanh_() if over else own.tanh(), alpha=0.5)
+        weighted = q.to(dtype) * (0.5 * w_aug.to(dtype))
+        weighted = weighted.mul_(key) if over else weighted * key
+        own = weighted.sum(3, keepdim=True) * v.to(dtype)
+        x = torch.add(x, own.tanh_() if over else own.tanh(), alpha=0.5)
     if norm == "layer":
         x = F.layer_norm(x, [x.shape[3]], eps=eps)
     else:
-        wide = x if x.dtype == torch.float64 else x.float()
-        x = (wide * torch.rsqrt(wide.square().mean(3, keepdim=True) + eps)).to(x.dtype)
-    if over and bias is not None:
-        return x.mul_(F.silu(output_gate + bias, inplace=True)).to(o.dtype)
-    raw = output_gate if bias is None else output_gate + bias
+        x = x * torch.rsqrt(x.square().mean(3, keepdim=True) + eps)
+    raw = output_gate.to(dtype)
+    if bias is None:
+        return (x * F.silu(raw)).to(o.dtype)
+    raw = raw + bias.to(dtype)
+    if over:
+        return x.mul_(F.silu(raw, inplace=True)).to(o.dtype)
     return (x * F.silu(raw)).to(o.dtype)

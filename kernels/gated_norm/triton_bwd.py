@@ -14,7 +14,7 @@ from torch import Tensor
 from metala_vision.kernels._triton import Launch, tile
 from metala_vision.kernels.gated_norm.triton_fwd import (
     key_and_slope,
-    key_mode,
+    modes,
     normalised,
     rows_of,
     shapes_of,
@@ -45,7 +45,7 @@ def gated_norm_bwd_kernel(
 ):  # fmt: skip
     """One program per (part, head), of `tiles` tiles of rows. p_dbias [parts, H, V] and p_dw
     [parts, H, K] in float32."""
-    i_program = tl.program_id(0)
+    i_program = tl.program_id(0).to(tl.int64)
     i_h = i_program % H
     i_part = i_program // H
     c_k, c_v = tl.arange(0, BK), tl.arange(0, BV)
@@ -139,10 +139,7 @@ def backward_launch(
             B * N, N, H, tiles, 1 / gate_divisor, eps,
             *strides_of(d_y, o, output_gate, v, q, key),
         ),
-        {
-            **shapes, "KEY": key_mode(k, w_aug), "BIAS": bias is not None, "NORM": norm,
-            "DOT": "ieee" if o.dtype == torch.float32 else "bf16",
-        },
+        {**shapes, **modes(bias, q, k, gate, w_aug, norm)},
         4,
     )  # fmt: skip
     return gradients, launch

@@ -79,7 +79,7 @@ def gated_norm_fwd_kernel(
 
     KEY: "none" without self-augmentation, "key", or "gate" for keys 1 - alpha.
     """
-    i_program = tl.program_id(0)
+    i_program = tl.program_id(0).to(tl.int64)
     i_h = i_program % H
     b, n, m = rows_of(i_program // H, N, rows, R)
     c_k, c_v = tl.arange(0, BK), tl.arange(0, BV)
@@ -100,8 +100,17 @@ def gated_norm_fwd_kernel(
     tl.store(p_y, y.to(p_y.dtype.element_ty), mask=m[:, None] & (c_v < V)[None, :])
 
 
-def key_mode(k: Tensor | None, w_aug: Tensor | None) -> str:
-    return "none" if w_aug is None else "gate" if k is None else "key"
+def modes(
+    bias: Tensor | None, q: Tensor | None, k: Tensor | None, gate: Tensor | None,
+    w_aug: Tensor | None, norm: str,
+) -> dict[str, Any]:  # fmt: skip
+    """What of a kernel a call asks for. The key's series is float32's unless all it comes from has
+    16 bits."""
+    wide = any(x is not None and x.dtype == torch.float32 for x in (q, k, gate))
+    return {
+        "KEY": "none" if w_aug is None else "gate" if k is None else "key",
+        "BIAS": bias is not None, "NORM": norm, "DOT": "ieee" if wide else "bf16",
+    }  # fmt: skip
 
 
 def shapes_of(o: Tensor, q: Tensor | None) -> dict[str, Any]:
@@ -145,10 +154,7 @@ def forward_launch(
             o, output_gate, bias_, v, q, key, w_aug_, y,
             B * N, N, H, 1 / gate_divisor, eps, *strides_of(o, output_gate, v, q, key),
         ),
-        {
-            **shapes, "KEY": key_mode(k, w_aug), "BIAS": bias is not None, "NORM": norm,
-            "DOT": "ieee" if o.dtype == torch.float32 else "bf16",
-        },
+        {**shapes, **modes(bias, q, k, gate, w_aug, norm)},
         4,
     )  # fmt: skip
     return y, launch

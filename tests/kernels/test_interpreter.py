@@ -332,6 +332,13 @@ def test_a_second_derivative_with_one_input_that_wants_it_under_autocast():
     assert relative_rms(*results) <= SAME
 
 
+def test_a_key_made_from_the_gate_has_its_own_way_to_it_once():
+    (q, v, gate), d_o = leaves(K=4, V=4)
+    o = gated_linear_attention(q, v, torch.sigmoid(gate), gate=gate, impl="triton")
+    with_graph = torch.autograd.grad(o, gate, d_o, create_graph=True)[0]
+    assert relative_rms(with_graph, torch.autograd.grad(o, gate, d_o)[0]) <= SAME
+
+
 def test_many_gradients_at_once_and_forward_mode():
     (q, v, gate), d_o = leaves(K=4, V=4)
     o = gated_linear_attention(q, v, gate=gate, impl="triton")
