@@ -23,6 +23,6 @@ for _name in ("kernels", "configs"):
 
 import timm as _timm  # noqa: E402
 
-from metala_vision.models import metala as _metala  # noqa: E402
+import metala_vision as _metala_vision  # noqa: E402
 
-globals().update({_name: getattr(_metala, _name) for _name in _timm.list_models(module="metala")})
+globals().update({_name: _timm.model_entrypoint(_name) for _name in _metala_vision.list_models()})

@@ -8,3 +8,4 @@ from timm import create_model as create_model
 
 from . import models as models
 from ._version import __version__ as __version__
+from .models import list_models as list_models

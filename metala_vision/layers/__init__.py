@@ -1,17 +1,31 @@
 """Token mixers and the block around them. Layers take and return maps [B, Gh, Gw, C] (NHWC)."""
 
-from .block import Block
+from .attention import AttentionMixer
+from .block import Block, BoundedBlock
 from .conv import TokenConv
+from .gla import GLAMixer
+from .hgrn2 import HGRN2Mixer, LowerBounds
+from .linear_attention import LinearAttentionMixer
 from .metala import MetaLAMixer
+from .mixer import TokenMixer
 from .pos_embed import SinCos2d, check_pos_embed
+from .retnet import RetNetMixer
 from .scan import ORDERS, check_scans, inverse, scan_order
 
 __all__ = [
     "ORDERS",
+    "AttentionMixer",
     "Block",
+    "BoundedBlock",
+    "GLAMixer",
+    "HGRN2Mixer",
+    "LinearAttentionMixer",
+    "LowerBounds",
     "MetaLAMixer",
+    "RetNetMixer",
     "SinCos2d",
     "TokenConv",
+    "TokenMixer",
     "check_pos_embed",
     "check_scans",
     "inverse",

@@ -50,7 +50,21 @@ class Block(nn.Module):
         )
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, Gh, Gw, C] -> [B, Gh, Gw, C]."""
+    def forward(self, x: Tensor, lower_bound: Tensor | None = None) -> Tensor:
+        """x [B, Gh, Gw, C] -> [B, Gh, Gw, C]; lower_bound is for BoundedBlock."""
         x = x + self.drop_path1(self.mixer(self.norm1(x)))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+
+class BoundedBlock(Block):
+    """Block whose mixer takes the least decay of its layer, which the backbone learns."""
+
+    def forward(self, x: Tensor, lower_bound: Tensor | None = None) -> Tensor:
+        """x [B, Gh, Gw, C], lower_bound [C] -> [B, Gh, Gw, C]."""
+        if lower_bound is None:
+            raise ValueError(
+                "the block needs the lower bound of its layer, which the backbone gives; timm's "
+                "feature_cls 'list', 'dict' and 'hook' leave it out, 'getter' and 'fx' do not"
+            )
+        x = x + self.drop_path1(self.mixer(self.norm1(x), lower_bound))
         return x + self.drop_path2(self.mlp(self.norm2(x)))

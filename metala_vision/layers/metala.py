@@ -12,15 +12,14 @@ from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
 from metala_vision.kernels.gated_linear_attention import (
-    DIRECTIONS,
     decay_and_key,
     gated_linear_attention_op,
 )
 from metala_vision.kernels.gated_norm import gated_norm_op
 
-from .conv import TokenConv
+from .mixer import TokenMixer, check_decays, check_option, check_rope
 from .pos_embed import rope2d
-from .scan import check_scans, token_order
+from .scan import token_order
 
 register_notrace_function(gated_linear_attention_op)
 register_notrace_function(gated_norm_op)
@@ -81,7 +80,7 @@ def attend(
     )
 
 
-class MetaLAMixer(nn.Module):
+class MetaLAMixer(TokenMixer):
     """MetaLA over the tokens of a map.
 
         x = SiLU(conv(x))
@@ -127,47 +126,22 @@ class MetaLAMixer(nn.Module):
         device=None,
         dtype=None,
     ) -> None:
-        super().__init__()
-        if num_heads < 1 or dim % (2 * num_heads):
-            raise ValueError(f"dim={dim} is not divisible by 2 * num_heads={2 * num_heads}")
-        if direction not in DIRECTIONS:
-            raise ValueError(
-                f"direction={direction!r} is unknown; accepted: {', '.join(DIRECTIONS)}"
-            )
-        if key not in KEYS:
-            raise ValueError(f"key={key!r} is unknown; accepted: {', '.join(KEYS)}")
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(dim, num_heads, conv, direction, scans, widths=2, **dd)
+        check_option("key", key, KEYS)
         if not tau > 0:
             raise ValueError(f"tau must be > 0, got {tau}")
-        if not shared_decay and direction != "bidirectional":
-            raise ValueError(
-                f"shared_decay=False needs direction='bidirectional', got {direction!r}"
-            )
-        scan_names = check_scans(scans)
-        if num_heads % len(scan_names):
-            raise ValueError(
-                f"num_heads={num_heads} cannot be divided among {len(scan_names)} scan orders "
-                f"{scan_names}"
-            )
+        check_decays(shared_decay, direction)
         if rope and key == "decay" and not shared_decay:
             raise ValueError("rope with shared_decay=False needs key='projected', got key='decay'")
-        if rope and (dim // (2 * num_heads)) % 4:
-            raise ValueError(
-                f"rope needs a key width divisible by 4, got {dim // (2 * num_heads)} "
-                f"(dim={dim}, num_heads={num_heads})"
-            )
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.num_heads = num_heads
         self.key_width = dim // (2 * num_heads)
         self.value_width = dim // num_heads
-        self.direction = direction
-        self.scans = list(scan_names)
         self.self_aug = self_aug
         self.projected_key = key == "projected"
-        self.rope = rope
+        self.rope = check_rope(rope, self.key_width, dim, num_heads)
         self.num_decays = 1 if shared_decay else 2
         self.gate_divisor = float(tau)
         self.norm_eps = 1e-5  # of the authors' release
-        self.conv = TokenConv(dim, conv, direction, **dd)
         # Rows of W_Q, W_alpha (one or two), W_K (if any), W_V and W_G: one product instead of four.
         keyed = 1 + self.num_decays + int(self.projected_key)
         self.in_proj = nn.Linear(dim, keyed * (dim // 2) + 2 * dim, bias=False, **dd)

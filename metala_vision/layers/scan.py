@@ -56,6 +56,13 @@ def inverse(order: Tensor) -> Tensor:
     return torch.argsort(order, dim=-1)
 
 
+def visit(x: Tensor, order: Tensor) -> Tensor:
+    """x [B, N, H, E] with its tokens in `order` [N] or [H, N]."""
+    if order.dim() == 1:
+        return x.index_select(1, order)
+    return x.gather(1, order.t().unsqueeze(2).expand(x.shape))
+
+
 @register_notrace_function
 def token_order(x: Tensor, names: list[str], num_heads: int) -> Tensor | None:
     """The order for a map x [B, Gh, Gw, C]: None for raster, [N], or [H, N] for several names.

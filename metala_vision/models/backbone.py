@@ -17,7 +17,7 @@ from timm.layers import (
     to_2tuple,
     trunc_normal_,
 )
-from timm.models import checkpoint, checkpoint_seq
+from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -60,7 +60,8 @@ class Backbone(nn.Module):
     the patch.
 
     Args:
-        mixer_layer: makes a token mixer, called with (embed_dim, scans=, rope=, device=, dtype=).
+        mixer_layer: makes a token mixer, called with (embed_dim, scans=, rope=, device=, dtype=);
+            or one such for each layer.
         img_size: nominal image size, one number or (height, width).
         patch_size: side of a square patch, or (height, width).
         in_chans: image channels.
@@ -77,6 +78,7 @@ class Backbone(nn.Module):
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout inside the channel mixers.
         drop_path_rate: stochastic depth, growing linearly to this value at the last block.
+        block_layer: Block, or a class with its arguments.
     Raises:
         ValueError: for sizes that do not fit.
     """
@@ -86,7 +88,7 @@ class Backbone(nn.Module):
 
     def __init__(
         self,
-        mixer_layer: Callable[..., nn.Module],
+        mixer_layer: Callable[..., nn.Module] | Sequence[Callable[..., nn.Module]],
         img_size: int | tuple[int, int] = 224,
         patch_size: int | tuple[int, int] = 16,
         in_chans: int = 3,
@@ -101,6 +103,7 @@ class Backbone(nn.Module):
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        block_layer: type[Block] = Block,
         device=None,
         dtype=None,
     ) -> None:
@@ -140,11 +143,16 @@ class Backbone(nn.Module):
         self.pos_embed = SinCos2d() if pos_embed == "sincos2d" else nn.Identity()
         scan_names = check_scans(scans)
         drop_path: Any = calculate_drop_path_rates(drop_path_rate, depth)
+        mixer_layers = [mixer_layer] * depth if callable(mixer_layer) else list(mixer_layer)
+        if len(mixer_layers) != depth:
+            raise ValueError(f"mixer_layer holds {len(mixer_layers)} for depth={depth} layers")
         blocks = []
         for i in range(depth):
             names = scan_names if split_heads else (scan_names[i % len(scan_names)],)
-            mixer = partial(mixer_layer, scans=names, rope=pos_embed == "rope2d")
-            blocks.append(Block(embed_dim, mixer, mlp_ratio, proj_drop_rate, drop_path[i], **dd))
+            mixer = partial(mixer_layers[i], scans=names, rope=pos_embed == "rope2d")
+            blocks.append(
+                block_layer(embed_dim, mixer, mlp_ratio, proj_drop_rate, drop_path[i], **dd)
+            )
         self.blocks = nn.Sequential(*blocks)
         self.feature_info = [
             {"num_chs": embed_dim, "reduction": max(patch), "module": f"blocks.{i}"}
@@ -183,7 +191,7 @@ class Backbone(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict:
         """Parameter groups by depth, for layer decay and freezing."""
         return {
-            "stem": r"^patch_embed",
+            "stem": r"^patch_embed|^lower_bounds",
             "blocks": r"^blocks\.(\d+)"
             if coarse
             else [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
@@ -237,13 +245,15 @@ class Backbone(nn.Module):
             raise ValueError(f"output_fmt={output_fmt} is unknown; accepted: NCHW, NHWC")
         take, last = feature_take_indices(len(self.blocks), indices)
         x = self._embed(x)
+        bounds = self._lower_bounds()
         intermediates: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             if i <= last or not stop_early:
+                bound = None if bounds is None else bounds[i]
                 if self.grad_checkpointing and not torch.jit.is_scripting():
-                    x = checkpoint(block, x)  # pyright: ignore[reportAssignmentType]
+                    x = checkpoint(block, x, bound)  # pyright: ignore[reportAssignmentType]
                 else:
-                    x = block(x)
+                    x = block(x, bound)
                 if i in take:
                     y = self.norm(x) if norm else x
                     intermediates.append(y.permute(0, 3, 1, 2) if output_fmt == "NCHW" else y)
@@ -270,6 +280,10 @@ class Backbone(nn.Module):
             self.reset_classifier(0, "")
         return take
 
+    def _lower_bounds(self) -> Tensor | None:
+        """The least decay of every layer [depth, C], for blocks that take one."""
+        return None
+
     def _embed(self, x: Tensor) -> Tensor:
         x = check_image(x, self.in_chans, self.patch_h, self.patch_w)
         return self.pos_embed(self.patch_embed(x))
@@ -277,10 +291,13 @@ class Backbone(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Images [B, in_chans, height, width] -> features [B, Gh, Gw, C], raster order."""
         x = self._embed(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x)  # pyright: ignore[reportAssignmentType]
-        else:
-            x = self.blocks(x)
+        bounds = self._lower_bounds()
+        for i, block in enumerate(self.blocks):
+            bound = None if bounds is None else bounds[i]
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x, bound)  # pyright: ignore[reportAssignmentType]
+            else:
+                x = block(x, bound)
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

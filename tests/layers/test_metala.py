@@ -10,52 +10,7 @@ from metala_vision.kernels.gated_linear_attention import DIRECTIONS
 from metala_vision.layers import Block, MetaLAMixer, TokenConv
 from metala_vision.layers.conv import CONVS
 from tests._numerics import normal, relative_rms
-
-
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
-
-
-def silu(x):
-    return x * sigmoid(x)
-
-
-def convolve(x, weight, conv, direction):
-    """The short convolution of one image [Gh, Gw, C], index by index."""
-    Gh, Gw, C = x.shape
-    out = np.zeros_like(x)
-    if conv == "none":
-        return x
-    if conv == "depthwise2d":
-        for r in range(Gh):
-            for c in range(Gw):
-                for i in range(3):
-                    for j in range(3):
-                        rr, cc = r + i - 1, c + j - 1
-                        if 0 <= rr < Gh and 0 <= cc < Gw:
-                            out[r, c] += weight[:, 0, i, j] * x[rr, cc]
-        return silu(out)
-    tokens, N = x.reshape(-1, C), Gh * Gw
-    out = out.reshape(-1, C)
-    for t in range(N):
-        for i in range(4):
-            back = 3 - i
-            s = t + back if direction == "backward" else t - back
-            if 0 <= s < N:
-                out[t] += weight[:, 0, i] * tokens[s]
-    return silu(out).reshape(Gh, Gw, C)
-
-
-def turn(x, r, c):
-    """Axial rotary embedding of one vector [K] at row r, column c."""
-    K, out = len(x), x.copy()
-    for pair in range(K // 2):
-        i = pair % (K // 4)
-        angle = (r if pair < K // 4 else c) * 100 ** (-4 * i / K)
-        even, odd = x[2 * pair], x[2 * pair + 1]
-        out[2 * pair] = even * np.cos(angle) - odd * np.sin(angle)
-        out[2 * pair + 1] = even * np.sin(angle) + odd * np.cos(angle)
-    return out
+from tests.layers._by_hand import convolve, sigmoid, silu, turn
 
 
 def metala_by_hand(

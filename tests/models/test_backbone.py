@@ -7,10 +7,12 @@ import pytest
 import timm
 import torch
 
-from metala_vision.models import Backbone, metala
+from metala_vision import list_models
+from metala_vision.models import FAMILIES, Backbone
 from tests._numerics import SAME, relative_rms
 
-MODELS = timm.list_models(module=metala.__name__.rsplit(".", 1)[1])
+MODELS = list_models()
+SIZES = ("nano", "tiny", "small", "base")
 # trainable parameters at 1000 classes; the two `_paper` counts reproduce the paper's 6.1M and
 # 23.7M and are those of arXiv 2411.10741's equations with affine norms
 PARAMETERS = {
@@ -28,6 +30,26 @@ PARAMETERS = {
     "metala_tiny_cross": 6_125_224,
     "metala_tiny_hilbert": 6_125_224,
     "metala_tiny_snake": 6_125_224,
+    "attention_nano": 1_871_208,
+    "attention_tiny": 6_121_768,
+    "attention_small": 23_744_104,
+    "attention_base": 93_493_480,
+    "gla_nano": 1_897_320,
+    "gla_tiny": 6_180_520,
+    "gla_small": 23_861_608,
+    "gla_base": 93_728_488,
+    "hgrn2_nano": 1_877_352,
+    "hgrn2_tiny": 6_135_592,
+    "hgrn2_small": 23_771_752,
+    "hgrn2_base": 93_548_776,
+    "linear_attention_nano": 1_871_208,
+    "linear_attention_tiny": 6_121_768,
+    "linear_attention_small": 23_744_104,
+    "linear_attention_base": 93_493_480,
+    "retnet_nano": 1_870_184,
+    "retnet_tiny": 6_121_768,
+    "retnet_small": 23_744_104,
+    "retnet_base": 93_493_480,
 }
 
 
@@ -35,10 +57,13 @@ def count(model):
     return sum(p.numel() for p in model.parameters())
 
 
-def small(**kwargs):
-    """metala_nano, shrunk to run in milliseconds."""
+NANO = list_models("*_nano")
+
+
+def small(name="metala_nano", **kwargs):
+    """A nano model, shrunk to run in milliseconds."""
     arguments = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5, **kwargs}
-    return timm.create_model("metala_nano", **arguments)
+    return timm.create_model(name, **arguments)
 
 
 def test_every_model_is_pinned():
@@ -49,6 +74,9 @@ def test_every_model_is_pinned():
 def test_parameter_count(name):
     model = timm.create_model(name, device="meta")
     assert count(model) == PARAMETERS[name]
+    family, _, size = name.rpartition("_")
+    if family in FAMILIES:
+        assert size in SIZES and abs(count(model) / PARAMETERS[f"metala_{size}"] - 1) <= 0.03
     paper = {"metala_tiny": 6_113_704, "metala_small": 23_727_976}
     if name in paper:
         assert abs(count(model) / paper[name] - 1) <= 0.03
@@ -62,13 +90,14 @@ def test_the_channel_mixer_pays_for_a_further_projection(options):
     )  # the hidden width's rounding
 
 
+@pytest.mark.parametrize("name", NANO)
 @pytest.mark.parametrize("pos_embed", ["none", "sincos2d", "rope2d"])
-def test_position_information_is_for_any_grid_and_not_in_the_checkpoint(pos_embed):
-    model = small(pos_embed=pos_embed, conv="none").eval()
-    assert set(model.state_dict()) == set(small(conv="none").state_dict())
+def test_position_information_is_for_any_grid_and_not_in_the_checkpoint(name, pos_embed):
+    model = small(name, pos_embed=pos_embed, conv="none").eval()
+    assert set(model.state_dict()) == set(small(name, conv="none").state_dict())
     for size in ((64, 64), (32, 96)):
         assert torch.isfinite(model(torch.randn(1, 3, *size))).all()
-    plain = small(conv="none").eval()
+    plain = small(name, conv="none", pos_embed="none").eval()
     plain.load_state_dict(model.state_dict())
     x = torch.randn(1, 3, 64, 64)
     assert torch.equal(plain(x), model(x)) == (pos_embed == "none")
@@ -80,6 +109,30 @@ def test_the_papers_count_term_by_term():
         block = 13 * d * d + 4 * d + d + d // 2 + 4 * d
         stem, norm, head = 3 * 16 * 16 * d + d, 2 * d, 1000 * d + 1000
         assert 12 * block + stem + norm + head == PARAMETERS[name]
+
+
+def test_every_family_has_every_size():
+    assert {f"{family}_{size}" for family in FAMILIES for size in SIZES} <= set(MODELS)
+
+
+BLIND = [
+    (family, {"pos_embed": "none", "conv": "none"}) for family in ("attention", "linear_attention")
+]
+SEEING = [(name.rpartition("_")[0], {}) for name in list_models("*_nano")]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "options"), [*SEEING, *BLIND])
+def test_which_models_see_the_order_of_the_patches(family, options):
+    """The same patches shuffled: a model that is blind to order gives the same logits."""
+    torch.manual_seed(0)
+    model = timm.create_model(f"{family}_nano", depth=2, num_classes=5, **options).eval()
+    x = torch.randn(2, 3, 64, 64)
+    patches = x.unflatten(2, (8, 8)).unflatten(4, (8, 8)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    shuffled = patches[:, torch.randperm(64)].unflatten(1, (8, 8)).permute(0, 3, 1, 4, 2, 5)
+    change = relative_rms(model(shuffled.flatten(4, 5).flatten(2, 3)), model(x))
+    assert (change <= 10 * SAME) == bool(options), change
+    assert options or change > 1e-3, change
 
 
 @pytest.mark.parametrize("name", [m for m in MODELS if "base" not in m])
@@ -128,10 +181,11 @@ def test_reset_classifier_keeps_device_and_dtype():
     assert model.head.fc.weight.dtype == torch.float64
 
 
+@pytest.mark.parametrize("name", NANO)
 @pytest.mark.parametrize("size", [(64, 64), (32, 96), (8, 8)], ids=str)
-def test_any_multiple_of_the_patch(size):
+def test_any_multiple_of_the_patch(name, size):
     x = torch.randn(1, 3, *size)
-    assert small().forward_features(x).shape == (1, size[0] // 8, size[1] // 8, 32)
+    assert small(name).forward_features(x).shape == (1, size[0] // 8, size[1] // 8, 32)
 
 
 def test_image_and_patch_size_and_channels():
@@ -141,8 +195,9 @@ def test_image_and_patch_size_and_channels():
     assert model.feature_info[-1] == {"num_chs": 32, "reduction": 4, "module": "blocks.1"}
 
 
-def test_device_and_dtype_reach_every_tensor():
-    model = timm.create_model("metala_tiny", device="meta", dtype=torch.bfloat16)
+@pytest.mark.parametrize("name", NANO)
+def test_device_and_dtype_reach_every_tensor(name):
+    model = timm.create_model(name.replace("nano", "tiny"), device="meta", dtype=torch.bfloat16)
     tensors = [*model.parameters(), *model.buffers()]
     assert {(t.device.type, t.dtype) for t in tensors} == {("meta", torch.bfloat16)}
     with torch.device("meta"):
@@ -150,13 +205,15 @@ def test_device_and_dtype_reach_every_tensor():
     assert model(x).dtype == torch.bfloat16
 
 
-def test_bfloat16_model_runs():
-    model = small().to(torch.bfloat16)
+@pytest.mark.parametrize("name", NANO)
+def test_bfloat16_model_runs(name):
+    model = small(name).to(torch.bfloat16)
     assert model(torch.randn(1, 3, 64, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-def test_gradient_checkpointing_changes_memory_only():
-    model = small()
+@pytest.mark.parametrize("name", NANO)
+def test_gradient_checkpointing_changes_memory_only(name):
+    model = small(name)
     x = torch.randn(2, 3, 64, 64)
     model(x).sum().backward()
     plain = [p.grad.clone() for p in model.parameters()]
@@ -182,18 +239,23 @@ def test_drop_rates_act_in_training_only():
     ]
 
 
-def test_weight_decay_and_layer_groups_name_real_parameters():
-    model = small()
+@pytest.mark.parametrize("name", NANO)
+def test_weight_decay_and_layer_groups_name_real_parameters(name):
+    model = small(name)
     names = {name for name, _ in model.named_parameters()}
-    assert model.no_weight_decay() == {f"blocks.{i}.mixer.w_aug" for i in range(2)}
+    own = {
+        "metala": {f"blocks.{i}.mixer.w_aug" for i in range(2)}, "hgrn2": {"lower_bounds.weight"},
+    }  # fmt: skip
+    assert model.no_weight_decay() == own.get(name.removesuffix("_nano"), set())
     assert model.no_weight_decay() <= names
     groups = timm.models.group_parameters(model, model.group_matcher(coarse=False))
     assert {n for group in groups.values() for n in group} == names
     assert len(groups) == 4  # stem, two blocks, norm with head
 
 
-def test_deferred_initialisation_fills_every_tensor():
-    model = small(device="meta").to_empty(device="cpu")
+@pytest.mark.parametrize("name", NANO)
+def test_deferred_initialisation_fills_every_tensor(name):
+    model = small(name, device="meta").to_empty(device="cpu")
     with torch.no_grad():
         for p in model.parameters():
             p.fill_(float("nan"))
@@ -209,7 +271,7 @@ def test_weights_start_with_a_deviation_of_0_02():
     assert not model.head.fc.bias.any() and not model.blocks[1].mixer.w_aug.any()
 
 
-@pytest.mark.parametrize("name", ["metala_nano", "metala_tiny_paper"])
+@pytest.mark.parametrize("name", [*NANO, "metala_tiny_paper"])
 def test_compiles_without_a_graph_break(name):
     model = timm.create_model(name, depth=2, num_classes=3)
     x = torch.randn(2, 3, 64, 64)
@@ -221,9 +283,10 @@ def test_compiles_without_a_graph_break(name):
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.parametrize("name", NANO)
 @pytest.mark.filterwarnings("ignore:`torch.jit")
-def test_a_saved_script_runs_without_the_package(tmp_path):
-    model = small().eval()
+def test_a_saved_script_runs_without_the_package(name, tmp_path):
+    model = small(name).eval()
     x = torch.randn(1, 3, 64, 64)
     torch.jit.script(model).save(str(tmp_path / "model.pt"))
     torch.save((x, model(x).detach()), tmp_path / "pair.pt")
@@ -240,9 +303,10 @@ def test_a_saved_script_runs_without_the_package(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("name", NANO)
 @pytest.mark.filterwarnings("ignore:`torch.jit")
-def test_a_script_gives_the_same_numbers():
-    model = small().eval()
+def test_a_script_gives_the_same_numbers(name):
+    model = small(name).eval()
     x = torch.randn(2, 3, 64, 64)
     assert relative_rms(torch.jit.script(model)(x), model(x)) <= SAME  # the tree, the anchor
 

@@ -5,14 +5,14 @@ import timm
 import torch
 from torch.export import Dim, export
 
-import metala_vision  # noqa: F401
+import metala_vision
 from tests._numerics import SAME, relative_rms
 
 BATCH, HEIGHT, WIDTH = Dim("batch", max=64), Dim("height", max=64), Dim("width", max=64)
 
 
-def small(**kwargs):
-    return timm.create_model("metala_nano", depth=2, embed_dim=32, num_heads=2, **kwargs).eval()
+def small(name="metala_nano", **kwargs):
+    return timm.create_model(name, depth=2, embed_dim=32, num_heads=2, **kwargs).eval()
 
 
 def images(*shape):
@@ -26,17 +26,22 @@ def test_exports_one_shape(name):
     assert relative_rms(exported(x), model(x)) <= SAME
 
 
-def test_exports_any_batch():
-    model = small()
+@pytest.mark.parametrize("name", metala_vision.list_models("*_nano"))
+def test_exports_any_batch(name):
+    model = small(name)
     exported = export(model, (images(2, 3, 64, 64),), dynamic_shapes=({0: BATCH},)).module()
     for batch in (1, 5):
         x = images(batch, 3, 64, 64)
         assert relative_rms(exported(x), model(x)) <= SAME
 
 
-@pytest.mark.parametrize("name", ["raster", "column", "snake"])
-def test_exports_any_size(name):
-    model = small(scans=name, direction="bidirectional")
+ANY_SIZE = [("metala_nano", scan) for scan in ("raster", "column", "snake")]
+ANY_SIZE += [(name, "raster") for name in metala_vision.list_models("*_nano")[1:]]
+
+
+@pytest.mark.parametrize(("name", "scan"), ANY_SIZE)
+def test_exports_any_size(name, scan):
+    model = small(name, scans=scan, direction="bidirectional")
     sizes = ({0: BATCH, 2: 8 * HEIGHT, 3: 8 * WIDTH},)
     exported = export(model, (images(2, 3, 64, 48),), dynamic_shapes=sizes, strict=False).module()
     # 64 tokens fill chunks exactly, 40 and 99 do not, 1,024 need a deeper combination of states
@@ -46,8 +51,8 @@ def test_exports_any_size(name):
 
 
 NATIVE = [pytest.param(name, marks=() if name == "metala_nano" else pytest.mark.slow) for name in
-          ("metala_nano", "metala_nano_causal", "metala_nano_snake", "metala_tiny",
-           "metala_tiny_paper", "metala_tiny_cross", "metala_small")]  # fmt: skip
+          (*metala_vision.list_models("*_nano"), "metala_nano_causal", "metala_nano_snake",
+           "metala_tiny", "metala_tiny_paper", "metala_tiny_cross", "metala_small")]  # fmt: skip
 
 
 def native(name):

@@ -1,0 +1,198 @@
+"""Published equations written out in numpy, token by token: no code of the package's."""
+
+import numpy as np
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def silu(x):
+    return x * sigmoid(x)
+
+
+def convolve(x, weight, conv, direction):
+    """The short convolution of one image [Gh, Gw, C], index by index."""
+    Gh, Gw, C = x.shape
+    out = np.zeros_like(x)
+    if conv == "none":
+        return x
+    if conv == "depthwise2d":
+        for r in range(Gh):
+            for c in range(Gw):
+                for i in range(3):
+                    for j in range(3):
+                        rr, cc = r + i - 1, c + j - 1
+                        if 0 <= rr < Gh and 0 <= cc < Gw:
+                            out[r, c] += weight[:, 0, i, j] * x[rr, cc]
+        return silu(out)
+    tokens, N = x.reshape(-1, C), Gh * Gw
+    out = out.reshape(-1, C)
+    for t in range(N):
+        for i in range(4):
+            back = 3 - i
+            s = t + back if direction == "backward" else t - back
+            if 0 <= s < N:
+                out[t] += weight[:, 0, i] * tokens[s]
+    return silu(out).reshape(Gh, Gw, C)
+
+
+def turn(x, r, c):
+    """Axial rotary embedding of one vector [K] at row r, column c."""
+    K, out = len(x), x.copy()
+    for pair in range(K // 2):
+        i = pair % (K // 4)
+        angle = (r if pair < K // 4 else c) * 100 ** (-4 * i / K)
+        even, odd = x[2 * pair], x[2 * pair + 1]
+        out[2 * pair] = even * np.cos(angle) - odd * np.sin(angle)
+        out[2 * pair + 1] = even * np.sin(angle) + odd * np.cos(angle)
+    return out
+
+
+def steps(N, direction):
+    """For each pass, the tokens in the sequence that it visits them."""
+    return {
+        "forward": [range(N)], "backward": [range(N)[::-1]],
+        "bidirectional": [range(N), range(N)[::-1]],
+    }[direction]  # fmt: skip
+
+
+def norm(x, kind, eps=1e-5):
+    """LayerNorm or RMSNorm of one vector, without weights."""
+    if kind == "layer":
+        x = x - x.mean()
+    return x / np.sqrt((x**2).mean() + eps)
+
+
+def recurrence(q, keys, v, alphas, direction, visits, scale):
+    """The sum over passes of o_t = scale q_t S_t of one head; keys and alphas by pass."""
+    o = np.zeros_like(v)
+    for i, way in enumerate(steps(len(q), direction)):
+        S = np.zeros((q.shape[1], v.shape[1]))
+        for step in way:
+            t = visits[step]
+            S = alphas[i][t][:, None] * S + np.outer(keys[i][t], v[t])
+            o[t] += scale * q[t] @ S
+    return o
+
+
+def gla(x, p, H, conv, direction, visits, shared_decay=True, average=False, kind="layer"):
+    """GLA, arXiv 2312.06635, section 4.4, for one image [Gh, Gw, C]."""
+    Gh, Gw, C = x.shape
+    N, half = Gh * Gw, C // 2
+    K, V = half // H, C // H
+    x = convolve(x, p.get("conv.conv.weight"), conv, direction).reshape(N, C)
+    q, k, v, r, low = (
+        x @ w.T for w in np.split(p["in_proj.weight"], np.cumsum([half, half, C, C]))
+    )
+    a = low @ p["decay_proj.weight"].T + p["decay_proj.bias"]
+    alphas = [
+        sigmoid(a[:, i * half : (i + 1) * half]) ** (1 / 16) for i in range(a.shape[1] // half)
+    ]
+    y = np.zeros((N, C))
+    for h in range(H):
+        keys, values = slice(h * K, h * K + K), slice(h * V, h * V + V)
+        both = [alpha[:, keys] for alpha in alphas] * (2 if shared_decay else 1)
+        o = recurrence(
+            q[:, keys], [k[:, keys]] * 2, v[:, values], both, direction, visits[h], K**-0.5
+        )
+        for t in range(N):
+            y[t, values] = norm(o[t] / (2 if average else 1), kind)
+    y = y * silu(r + p["output_gate_bias"])
+    return (y @ p["out_proj.weight"].T).reshape(Gh, Gw, C)
+
+
+def hgrn2(x, p, H, conv, direction, visits, gamma=0.0):
+    """HGRN2, arXiv 2404.07904, for one image; gamma [C], the layer's lower bound."""
+    Gh, Gw, C = x.shape
+    N, K = Gh * Gw, C // H
+    x = convolve(x, p.get("conv.conv.weight"), conv, direction).reshape(N, C)
+    q, f, i = np.split(x @ p["in_proj.weight"].T + p["in_proj.bias"], 3, axis=1)
+    q, f, i = sigmoid(q), gamma + (1 - gamma) * sigmoid(f), silu(i)
+    o = np.zeros((N, C))
+    for h in range(H):
+        c = slice(h * K, h * K + K)
+        o[:, c] = recurrence(
+            q[:, c], [1 - f[:, c]] * 2, i[:, c], [f[:, c]] * 2, direction, visits[h], 1.0
+        )
+    y = np.stack([norm(o[t], "layer") for t in range(N)]) * p["norm.weight"] + p["norm.bias"]
+    return (y @ p["out_proj.weight"].T).reshape(Gh, Gw, C)
+
+
+def retnet(x, p, H, conv, direction, visits, ratio=1, gammas=None, rotary=True, kind="layer"):
+    """RetNet, arXiv 2307.08621, equations 5 to 8, for one image; gammas [H]."""
+    Gh, Gw, C = x.shape
+    N, K = Gh * Gw, C // H
+    V = ratio * K
+    x = convolve(x, p.get("conv.conv.weight"), conv, direction).reshape(N, C)
+    q, k, v, g = (x @ w.T for w in np.split(p["in_proj.weight"], np.cumsum([C, C, ratio * C])))
+    y = np.zeros((N, H * V))
+    for h in range(H):
+        keys, values = slice(h * K, h * K + K), slice(h * V, h * V + V)
+        turned = []
+        for z in (q[:, keys], k[:, keys]):
+            z = z.copy()
+            for step in range(N) if rotary else ():
+                t = visits[h][step]
+                # a pair as one complex number, times e^(i n theta)
+                theta = 10000.0 ** -np.linspace(0, 1, K // 2)
+                pair = (z[t, 0::2] + 1j * z[t, 1::2]) * np.exp(1j * step * theta)
+                z[t, 0::2], z[t, 1::2] = pair.real, pair.imag
+            turned.append(z)
+        gamma = 1 - 2.0 ** (-5 - h) if gammas is None else gammas[h]
+        alpha = np.full((N, K), gamma)
+        o = recurrence(
+            turned[0], [turned[1]] * 2, v[:, values], [alpha] * 2, direction, visits[h], K**-0.5
+        )
+        for t in range(N):
+            y[t, values] = norm(o[t], kind)
+    return (y * silu(g) @ p["out_proj.weight"].T).reshape(Gh, Gw, C)
+
+
+def heard(step, N, direction):
+    """The steps that a step hears of."""
+    return {
+        "forward": range(step + 1), "backward": range(step, N), "bidirectional": range(N)
+    }[direction]  # fmt: skip
+
+
+def projected(x, p, conv, direction):
+    """q, k and v of one image [Gh, Gw, C]."""
+    C = x.shape[2]
+    x = convolve(x, p.get("conv.conv.weight"), conv, direction).reshape(-1, C)
+    return (x @ w.T for w in np.split(p["in_proj.weight"], 3))
+
+
+def attention(x, p, H, conv, direction, visits):
+    """Softmax attention, arXiv 1706.03762, equation 1, for one image."""
+    Gh, Gw, C = x.shape
+    N, K = Gh * Gw, C // H
+    q, k, v = projected(x, p, conv, direction)
+    y = np.zeros((N, C))
+    for h in range(H):
+        c = slice(h * K, h * K + K)
+        for step in range(N):
+            t, others = visits[h][step], [visits[h][s] for s in heard(step, N, direction)]
+            weight = np.exp([q[t, c] @ k[s, c] / np.sqrt(K) for s in others])
+            y[t, c] = sum(w * v[s, c] for w, s in zip(weight, others, strict=True)) / weight.sum()
+    return (y @ p["out_proj.weight"].T).reshape(Gh, Gw, C)
+
+
+def linear_attention(x, p, H, conv, direction, visits, kind="elu"):
+    """The linear Transformer, arXiv 2006.16236, equations 4 to 12, for one image."""
+    Gh, Gw, C = x.shape
+    N, K = Gh * Gw, C // H
+    q, k, v = projected(x, p, conv, direction)
+
+    def phi(z):
+        return np.maximum(z, 0) if kind == "relu" else np.where(z > 0, z + 1, np.exp(z))
+
+    y = np.zeros((N, C))
+    for h in range(H):
+        c = slice(h * K, h * K + K)
+        for step in range(N):
+            t, others = visits[h][step], [visits[h][s] for s in heard(step, N, direction)]
+            weight = [phi(q[t, c]) @ phi(k[s, c]) for s in others]
+            total = sum(w * v[s, c] for w, s in zip(weight, others, strict=True))
+            y[t, c] = total / (sum(weight) + 1e-6)
+    return (y @ p["out_proj.weight"].T).reshape(Gh, Gw, C)

@@ -1,0 +1,240 @@
+"""Every comparator's mixer against its published equations, written out token by token in numpy."""
+
+import numpy as np
+import pytest
+import torch
+
+from metala_vision.kernels.gated_linear_attention import DIRECTIONS
+from metala_vision.layers import (
+    AttentionMixer,
+    GLAMixer,
+    HGRN2Mixer,
+    LinearAttentionMixer,
+    LowerBounds,
+    RetNetMixer,
+    scan_order,
+)
+from metala_vision.layers.conv import CONVS
+from metala_vision.layers.hgrn2 import bounded_log_decay
+from metala_vision.layers.linear_attention import normalised_linear_attention
+from metala_vision.layers.pos_embed import rope2d
+from metala_vision.layers.retnet import retention_log_decay
+from tests._numerics import SAME, normal, relative_rms
+from tests.layers import _by_hand
+
+C, H = 16, 2
+MIXERS = {
+    AttentionMixer: _by_hand.attention,
+    GLAMixer: _by_hand.gla,
+    HGRN2Mixer: _by_hand.hgrn2,
+    LinearAttentionMixer: _by_hand.linear_attention,
+    RetNetMixer: _by_hand.retnet,
+}
+# float64, sums of some dozen terms; 1 - f by subtraction loses up to 1e-14 of a key near 0
+EXACT = 1e-11
+
+
+def made(mixer_cls, **options):
+    """A mixer with random weights, and its weights by name."""
+    mixer = mixer_cls(C, H, **options, dtype=torch.float64)
+    with torch.no_grad():
+        for i, parameter in enumerate(mixer.parameters()):
+            parameter.copy_(0.5 * normal(*parameter.shape, seed=i))
+    return mixer, {name: p.numpy() for name, p in mixer.state_dict().items()}
+
+
+def visits(Gh, Gw, scans=("raster",)):
+    """The sequence of tokens, for each head."""
+    orders = [scan_order(name, Gh, Gw).tolist() for name in scans]
+    return [orders[h * len(orders) // H] for h in range(H)]
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("conv", CONVS)
+@pytest.mark.parametrize("grid", [(1, 1), (3, 4)], ids=str)
+@pytest.mark.parametrize("mixer_cls", MIXERS)
+def test_a_mixer_is_its_equations(mixer_cls, grid, conv, direction):
+    mixer, weights = made(mixer_cls, conv=conv, direction=direction)
+    x = normal(2, *grid, C, seed=50)
+    by_hand = [
+        MIXERS[mixer_cls](image, weights, H, conv, direction, visits(*grid)) for image in x.numpy()
+    ]
+    assert relative_rms(mixer(x).detach(), torch.from_numpy(np.stack(by_hand))) <= EXACT
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("scans", [("snake",), ("column", "spiral")], ids=str)
+@pytest.mark.parametrize("mixer_cls", MIXERS)
+def test_along_any_scan(mixer_cls, scans, direction):
+    mixer, weights = made(mixer_cls, scans=scans, direction=direction)
+    x = normal(1, 3, 5, C, seed=50)
+    by_hand = MIXERS[mixer_cls](
+        x[0].numpy(), weights, H, "depthwise2d", direction, visits(3, 5, scans)
+    )
+    assert relative_rms(mixer(x)[0].detach(), torch.from_numpy(by_hand)) <= EXACT
+
+
+GAMMA = np.linspace(0, 0.9, C)
+OPTIONS = [
+    (GLAMixer, {"shared_decay": False}, {"shared_decay": False}),
+    (GLAMixer, {"average": True, "norm": "rms"}, {"average": True, "kind": "rms"}),
+    (RetNetMixer, {"value_ratio": 2, "norm": "rms"}, {"ratio": 2, "kind": "rms"}),
+    (RetNetMixer, {"rotary": "none"}, {"rotary": False}),
+    (
+        RetNetMixer,
+        {"decay": "transnormer", "layer": 1, "depth": 3},
+        {"gammas": [np.exp(-(2.0 ** (-8 * h / H)) * (1 - 1 / 2 + 1e-5)) for h in (1, 2)]},
+    ),
+    (LinearAttentionMixer, {"feature_map": "relu"}, {"kind": "relu"}),
+]
+
+
+@pytest.mark.parametrize(("mixer_cls", "options", "by_hand"), OPTIONS, ids=str)
+def test_every_option_is_its_equation(mixer_cls, options, by_hand):
+    mixer, weights = made(mixer_cls, **options)
+    x = normal(1, 3, 4, C, seed=50)
+
+    def equations(**changes):
+        return torch.from_numpy(
+            MIXERS[mixer_cls](
+                x[0].numpy(), weights, H, "depthwise2d", "bidirectional", visits(3, 4), **changes
+            )
+        )
+
+    ours = mixer(x)[0].detach()
+    assert relative_rms(ours, equations(**by_hand)) <= EXACT
+    if "ratio" not in by_hand and by_hand != {"shared_decay": False}:
+        assert relative_rms(ours, equations()) > 1e-3  # without the option: something else
+
+
+def test_a_lower_bound_is_its_equation():
+    mixer, weights = made(HGRN2Mixer)
+    x = normal(1, 3, 4, C, seed=50)
+    expected = _by_hand.hgrn2(
+        x[0].numpy(), weights, H, "depthwise2d", "bidirectional", visits(3, 4), GAMMA
+    )
+    ours = mixer(x, torch.from_numpy(GAMMA))[0].detach()
+    assert relative_rms(ours, torch.from_numpy(expected)) <= EXACT
+    assert relative_rms(mixer(x)[0].detach(), torch.from_numpy(expected)) > 1e-3
+
+
+@pytest.mark.parametrize("mixer_cls", MIXERS)
+def test_the_written_out_equations_notice_a_wrong_parameter(mixer_cls):
+    mixer, weights = made(mixer_cls)
+    x = normal(1, 3, 4, C, seed=50)
+    ours = mixer(x)[0].detach()
+    for name, value in weights.items():
+        changed = {**weights, name: value + 0.1 * normal(*value.shape, seed=99).numpy()}
+        by_hand = MIXERS[mixer_cls](
+            x[0].numpy(), changed, H, "depthwise2d", "bidirectional", visits(3, 4)
+        )
+        assert relative_rms(ours, torch.from_numpy(by_hand)) > 1e-4, name
+
+
+@pytest.mark.parametrize("mixer_cls", [GLAMixer, HGRN2Mixer, RetNetMixer, AttentionMixer])
+def test_rope_turns_queries_and_keys_by_row_and_column(mixer_cls, monkeypatch):
+    mixer, _ = made(mixer_cls, rope=True)
+    seen = []
+    module = __import__(mixer_cls.__module__, fromlist=["rope2d"])
+    monkeypatch.setattr(module, "rope2d", lambda q, *grid: seen.append(grid) or rope2d(q, *grid))
+    x = normal(1, 3, 4, C, seed=50)
+    turned = mixer(x)
+    assert seen == [(3, 4), (3, 4)]
+    monkeypatch.setattr(module, "rope2d", lambda q, *grid: q)
+    assert relative_rms(mixer(x).detach(), turned.detach()) > 1e-3
+
+
+def test_linear_attention_turns_the_numerator_alone():
+    q, k, v = (normal(1, 6, 1, 4, seed=i).abs() for i in range(3))
+    turned = [rope2d(x, 2, 3) for x in (q, k)]
+    o = normalised_linear_attention(q, k, v, *turned, "bidirectional", None)[0, :, 0]
+    upper = torch.einsum("tk,sk,sv->tv", turned[0][0, :, 0], turned[1][0, :, 0], v[0, :, 0])
+    lower = torch.einsum("tk,sk->t", q[0, :, 0], k[0, :, 0]) + 1e-6
+    assert relative_rms(o, upper / lower[:, None]) <= EXACT
+
+
+def test_lower_bounds_grow_from_zero_to_below_one():
+    bounds = LowerBounds(5, 3)
+    with torch.no_grad():
+        bounds.weight.copy_(normal(5, 3))
+    gamma = bounds()
+    assert torch.equal(gamma[0], torch.zeros(3))
+    assert (gamma[1:] > gamma[:-1]).all() and (gamma < 1).all()
+    share = torch.softmax(bounds.weight, 0)
+    assert relative_rms(gamma[3], share[1] + share[2] + share[3]) <= SAME
+    bounds.reset_parameters()
+    assert torch.allclose(bounds()[:, 0], torch.arange(5) / 5)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1e-6, 0.5, 0.99])
+def test_a_bounded_decay_is_exact_and_its_gradient_finite(gamma):
+    gate = torch.tensor([-300.0, -100, -20, -3, 0, 3, 20, 80], requires_grad=True)
+    bound = torch.full((8,), gamma, requires_grad=True)
+    log_decay = bounded_log_decay(gate, bound)
+    lost = (1 - bound.detach().double()) * torch.sigmoid(-gate.detach().double())
+    ours = log_decay.detach().double()
+    assert (ours.exp() - (1 - lost)).abs().max() <= 2 * 2.0**-24
+    long = lost < 0.5
+    exact = torch.log1p(-lost[long])
+    assert ((ours[long] - exact) / exact).abs().max() <= 8 * 2.0**-24
+    assert (log_decay <= 0).all()
+    gradients = torch.autograd.grad(log_decay.sum(), (gate, bound))
+    assert all(torch.isfinite(x).all() for x in gradients)
+
+
+def test_published_decays():
+    """1 - 2^(-5 - h) by head; ALiBi's slopes, for six heads those of four and two of eight."""
+    assert np.allclose(
+        np.exp(retention_log_decay("retnet", 3, 0, 12)), [0.96875, 0.984375, 0.9921875]
+    )
+    eight = np.exp(retention_log_decay("transnormer", 8, 0, 12))
+    assert eight[0] == pytest.approx(0.6065, abs=1e-4) and eight[-1] == pytest.approx(
+        0.9961, abs=1e-4
+    )
+    assert max(retention_log_decay("transnormer", 8, 11, 12)) == pytest.approx(0, abs=1e-5)
+    six = [-x / (1 + 1e-5) for x in retention_log_decay("transnormer", 6, 0, 12)]
+    assert six == pytest.approx([2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3])
+
+
+@pytest.mark.parametrize(
+    ("mixer_cls", "options", "message"),
+    [
+        (AttentionMixer, {"dim": 15}, "dim=15 is not divisible by num_heads=2"),
+        (GLAMixer, {"dim": 18}, r"dim=18 is not divisible by 2 \* num_heads=4"),
+        (GLAMixer, {"direction": "sideways"}, "direction='sideways' is unknown; accepted: forward"),
+        (GLAMixer, {"norm": "batch"}, "norm='batch' is unknown; accepted: layer, rms"),
+        (GLAMixer, {"tau": 0}, "tau must be > 0, got 0"),
+        (GLAMixer, {"rank": 0}, "rank must be >= 1, got 0"),
+        (GLAMixer, {"shared_decay": False, "direction": "forward"}, "shared_decay=False needs"),
+        (GLAMixer, {"average": True, "direction": "forward"}, "average=True needs direction="),
+        (HGRN2Mixer, {"scans": "zigzag"}, "scan order 'zigzag' is unknown"),
+        (HGRN2Mixer, {"scans": ("raster", "column", "snake")}, "num_heads=2 cannot be divided"),
+        (HGRN2Mixer, {"dim": 12, "rope": True}, "rope needs a key width divisible by 4, got 6"),
+        (RetNetMixer, {"dim": 14}, "rotary='scan' needs an even key width, got 7"),
+        (RetNetMixer, {"decay": "fast"}, "decay='fast' is unknown; accepted: retnet, transnormer"),
+        (RetNetMixer, {"rotary": "2d"}, "rotary='2d' is unknown; accepted: scan, none"),
+        (RetNetMixer, {"value_ratio": 0}, "value_ratio must be >= 1, got 0"),
+        (RetNetMixer, {"layer": 3, "depth": 3}, "layer must be one of 0 ... depth - 1, got 3 of 3"),
+        (
+            LinearAttentionMixer,
+            {"feature_map": "exp"},
+            "feature_map='exp' is unknown; accepted: elu",
+        ),
+        (LinearAttentionMixer, {"conv": "5x5"}, "conv='5x5' is unknown"),
+    ],
+)
+def test_a_wrong_option_is_named(mixer_cls, options, message):
+    with pytest.raises(ValueError, match=message):
+        mixer_cls(**{"dim": C, "num_heads": H, **options})
+
+
+@pytest.mark.parametrize("mixer_cls", MIXERS)
+def test_under_autocast_a_mixer_stays_near_float32(mixer_cls):
+    torch.manual_seed(0)
+    mixer, x = mixer_cls(32, 2), torch.randn(2, 5, 5, 32)
+    with torch.no_grad():
+        expected = mixer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            ours = mixer(x)
+    # Some ten roundings of 2^-9 on the way
+    assert relative_rms(ours, expected) <= 2e-2
