@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import timm
 import yaml
 
 from metala_vision.cli import parse_config
@@ -31,6 +32,38 @@ def test_shipped_configurations():
         "imagenet1k/metala_small",
     }  # fmt: skip
     assert names <= set(shipped_configs())
+
+
+MIXERS = {"metala", "attention", "gla", "hgrn2", "retnet", "linear_attention"}
+
+
+def test_every_mixer_stands_in_matched_and_in_published():
+    shipped = shipped_configs()
+    for folder in ("matched", "published"):
+        assert {f"{folder}/{mixer}_tiny" for mixer in MIXERS} <= set(shipped)
+
+
+def test_matched_configurations_differ_in_the_model_alone():
+    matched = [load_config(name) for name in shipped_configs() if name.startswith("matched/")]
+    assert len(matched) == len(MIXERS)
+    for config in matched:
+        for section in ("data", "optim", "run"):
+            assert getattr(config, section) == getattr(matched[0], section)
+        name = config.model.model
+        other = matched[0].model.model_copy(update={"model": name})
+        assert config.model == other
+        mixer = timm.create_model(name, device="meta").blocks[0].mixer
+        assert (mixer.conv.kind, mixer.direction) == ("depthwise2d", "bidirectional")
+
+
+@pytest.mark.parametrize("name", [n for n in shipped_configs() if "/" in n])
+def test_every_shipped_configuration_builds_its_model(name):
+    model = load_config(name).model
+    kwargs = {"drop_path_rate": model.drop_path_rate, **model.model_kwargs}
+    built = timm.create_model(model.model, device="meta", **kwargs)
+    assert 1e6 < sum(p.numel() for p in built.parameters()) < 30e6
+    if name.startswith(("matched/", "published/")):
+        assert abs(sum(p.numel() for p in built.parameters()) / 6_125_224 - 1) <= 0.07
 
 
 def test_a_flag_overrides_the_file(tmp_path):
