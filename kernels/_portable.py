@@ -18,6 +18,11 @@ def plainly_eager(x: Tensor) -> bool:
     )
 
 
+def may_keep(x: Tensor) -> bool:
+    """Whether a tensor made beside x may serve later calls: it is real, and no CUDA graph's."""
+    return plainly_eager(x) and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def in_place(x: Tensor) -> bool:
     """Whether what is made on the way may be written over: eager inference.
 

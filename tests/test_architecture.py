@@ -155,8 +155,9 @@ def test_the_import_registers_the_models_and_no_name_stands_in_timm_before():
         "before = set(timm.list_models()), set(timm.list_modules())\n"
         "import metala_vision\n"
         "ours = set(timm.list_models()) - before[0]\n"
-        "assert 'metala_tiny' in ours and all(name.startswith('metala_') for name in ours)\n"
-        "assert set(timm.list_modules()) - before[1] == {'metala'}\n"
+        "assert 'metala_tiny' in ours and ours == set(metala_vision.list_models())\n"
+        "new = set(timm.list_modules()) - before[1]\n"
+        "assert new == set(metala_vision.models.FAMILIES), new\n"
         "print(metala_vision.__version__)"
     )
     done = python(code, ROOT)

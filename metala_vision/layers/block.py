@@ -63,8 +63,8 @@ class BoundedBlock(Block):
         """x [B, Gh, Gw, C], lower_bound [C] -> [B, Gh, Gw, C]."""
         if lower_bound is None:
             raise ValueError(
-                "the block needs the lower bound of its layer, which the backbone gives; timm's "
-                "feature_cls 'list', 'dict' and 'hook' leave it out, 'getter' and 'fx' do not"
+                "the block needs the lower bound of its layer, which the backbone gives: call the "
+                "model; timm's feature_cls 'list', 'dict' and 'hook' do not, 'getter' and 'fx' do"
             )
         x = x + self.drop_path1(self.mixer(self.norm1(x), lower_bound))
         return x + self.drop_path2(self.mlp(self.norm2(x)))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from metala_vision.kernels.gated_linear_attention import gated_linear_attention_op
 from metala_vision.kernels.gated_norm import NORMS, gated_norm_op
 
-from .mixer import TokenMixer, check_decays, check_option, check_rope
+from .mixer import TokenMixer, check_decays, check_option, check_rope, check_widths
 from .pos_embed import rope2d
 from .scan import token_order
 
@@ -28,9 +28,9 @@ class GLAMixer(TokenMixer):
         o_t = K^-0.5 S_t^T q_t
         y = (norm_head(o) * SiLU(r + b_R)) W_O
 
-    Source: GLA, arXiv 2312.06635, section 4.4; the bias b_R and the LayerNorm without weights are
-    those of the authors' small repository (flash-linear-attention has an RMSNorm and no bias).
-    Differs for vision: the convolution (none is published), any direction and scan order. With
+    Source: GLA, arXiv 2312.06635, section 4.4; the LayerNorm is without weights as in the authors'
+    small repository (flash-linear-attention has a weighted RMSNorm, and no b_R).
+    Differs for vision: the convolution (GLA has none), any direction and scan order. With
     shared_decay=False, average=True and norm="rms" the recurrence is that of ViG, arXiv 2405.18425,
     whose local gating is left out. The backbone's initialisation instead of Xavier's.
 
@@ -67,13 +67,14 @@ class GLAMixer(TokenMixer):
         super().__init__(dim, num_heads, conv, direction, scans, widths=2, **dd)
         if not tau > 0:
             raise ValueError(f"tau must be > 0, got {tau}")
-        if rank < 1:
-            raise ValueError(f"rank must be >= 1, got {rank}")
+        if rank < 1 or rank != int(rank):
+            raise ValueError(f"rank must be a whole number >= 1, got {rank}")
         check_decays(shared_decay, direction)
         if average and direction != "bidirectional":
             raise ValueError(f"average=True needs direction='bidirectional', got {direction!r}")
         self.key_width = dim // (2 * num_heads)
         self.value_width = dim // num_heads
+        check_widths(self.key_width, self.value_width, num_heads)
         self.rope = check_rope(rope, self.key_width, dim, num_heads)
         self.norm = check_option("norm", norm, NORMS)
         self.norm_eps = 1e-5

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from metala_vision.kernels.gated_linear_attention import gated_linear_attention_op
 
-from .mixer import TokenMixer, check_rope
+from .mixer import TokenMixer, check_rope, check_widths
 from .pos_embed import rope2d
 from .scan import token_order
 
@@ -35,6 +35,13 @@ def bounded_log_decay(gate: Tensor, lower_bound: Tensor | None) -> Tensor:
     if lower_bound is not None:
         lost = lost * (1.0 - lower_bound.to(gate.dtype))
     return torch.log1p(-lost.clamp_max(1.0 - (2.0**-53 if double else 2.0**-24)))
+
+
+@register_notrace_function
+def cumulative_shares(weight: Tensor) -> Tensor:
+    """Of softmax(weight) over the rows, the sums of the rows 1 ... l; 0 for l = 0."""
+    share = (weight if weight.dtype == torch.float64 else weight.float()).softmax(0)
+    return torch.cat([torch.zeros_like(share[:1]), share[1:]]).cumsum(0)
 
 
 class HGRN2Mixer(TokenMixer):
@@ -74,6 +81,7 @@ class HGRN2Mixer(TokenMixer):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(dim, num_heads, conv, direction, scans, **dd)
         self.width = dim // num_heads
+        check_widths(self.width, self.width, num_heads)
         self.rope = check_rope(rope, self.width, dim, num_heads)
         self.in_proj = nn.Linear(dim, 3 * dim, **dd)
         self.norm = nn.LayerNorm(dim, eps=1e-5, **dd)
@@ -122,6 +130,5 @@ class LowerBounds(nn.Module):
         return {"weight"}
 
     def forward(self) -> Tensor:
-        """gamma [depth, C]."""
-        share = self.weight.softmax(0)
-        return torch.cat([torch.zeros_like(share[:1]), share[1:]]).cumsum(0)
+        """gamma [depth, C], in float32 at least: rounded to 16 bits it may be 1."""
+        return cumulative_shares(self.weight)

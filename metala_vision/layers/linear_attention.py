@@ -14,18 +14,28 @@ from torch import Tensor, nn
 
 from metala_vision.kernels.gated_linear_attention import gated_linear_attention_op
 
-from .mixer import TokenMixer, check_option, check_rope
+from .mixer import TokenMixer, check_option, check_rope, check_widths
 from .pos_embed import rope2d
 from .scan import token_order
 
 FEATURE_MAPS = ("elu", "relu")
 
 
-def _all_to_all(q: Tensor, k: Tensor, v: Tensor, q_sum: Tensor, k_sum: Tensor) -> Tensor:
-    """Every token over all tokens, by two products; float32 or float64, [B, N, H, K] -> same."""
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    total = torch.matmul(q_sum.transpose(1, 2), k_sum.sum(1).unsqueeze(3))  # [B, H, N, 1]
-    return (torch.matmul(q, torch.matmul(k.transpose(2, 3), v)) / (total + 1e-6)).transpose(1, 2)
+@register_notrace_function
+def positive(x: Tensor, elu: bool) -> Tensor:
+    """phi(x) in float32 at least: elu(x) + 1, exact where it is small, or relu(x)."""
+    x = x if x.dtype == torch.float64 else x.float()
+    return torch.where(x > 0, x + 1.0, x.clamp_max(0.0).exp()) if elu else F.relu(x)
+
+
+def _all_to_all(q: Tensor, k: Tensor, v: Tensor, turned_q: Tensor, turned_k: Tensor) -> Tensor:
+    """Every token over all tokens, by two products; means instead of sums keep a script under
+    float16's autocast, which it cannot leave, below 65504."""
+    N = q.shape[1]
+    total = (q * (k / N).sum(1, keepdim=True)).sum(3, keepdim=True)  # [B, N, H, 1]
+    state = torch.matmul((turned_k / N).permute(0, 2, 3, 1), v.transpose(1, 2))  # [B, H, K, K]
+    o = torch.matmul(turned_q.transpose(1, 2), state).transpose(1, 2)
+    return o / (total + 1e-6 / N)
 
 
 @register_notrace_function
@@ -33,30 +43,38 @@ def normalised_linear_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    turned_q: Tensor,
-    turned_k: Tensor,
+    turned_q: Tensor | None,
+    turned_k: Tensor | None,
     direction: str,
     order: Tensor | None,
 ) -> Tensor:
     """o_t = (turned_q_t . sum turned_k v^T) / (q_t . sum k + 1e-6), sums over the tokens heard of.
 
-    q, k [B, N, H, K] >= 0 and v -> [B, N, H, K] in v's dtype. Sums in float32; 1e-6 is
-    the authors'.
+    q, k [B, N, H, K] >= 0, float32 or float64, v [B, N, H, K] -> the same in v's dtype. Turned
+    ones that are None are q and k. 1e-6 as in the authors' code.
     """
-    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
-    q, k = q.to(dtype), k.to(dtype)
-    turned_q, turned_k, wide = turned_q.to(dtype), turned_k.to(dtype), v.to(dtype)
+    wide = v.to(q.dtype)
     if direction == "bidirectional":
+        numerator_q = q if turned_q is None else turned_q
+        numerator_k = k if turned_k is None else turned_k
         if torch.jit.is_scripting():
-            return _all_to_all(turned_q, turned_k, wide, q, k).to(v.dtype)
+            return _all_to_all(q, k, wide, numerator_q, numerator_k).to(v.dtype)
         else:
             if v.device.type != "meta" and torch.is_autocast_enabled(v.device.type):
                 with torch.autocast(v.device.type, enabled=False):
-                    return _all_to_all(turned_q, turned_k, wide, q, k).to(v.dtype)
-            return _all_to_all(turned_q, turned_k, wide, q, k).to(v.dtype)
-    o = gated_linear_attention_op(turned_q, wide, turned_k, None, None, 1.0, 1.0, direction, order)
+                    return _all_to_all(q, k, wide, numerator_q, numerator_k).to(v.dtype)
+            return _all_to_all(q, k, wide, numerator_q, numerator_k).to(v.dtype)
     one = torch.ones_like(wide[..., :1])
-    total = gated_linear_attention_op(q, one, k, None, None, 1.0, 1.0, direction, order)
+    if turned_q is None or turned_k is None:  # both sums in one
+        both = gated_linear_attention_op(
+            q, torch.cat([wide, one], 3), k, None, None, 1.0, 1.0, direction, order
+        )
+        o, total = both[..., :-1], both[..., -1:]
+    else:
+        o = gated_linear_attention_op(
+            turned_q, wide, turned_k, None, None, 1.0, 1.0, direction, order
+        )
+        total = gated_linear_attention_op(q, one, k, None, None, 1.0, 1.0, direction, order)
     return (o / (total + 1e-6)).to(v.dtype)
 
 
@@ -100,6 +118,7 @@ class LinearAttentionMixer(TokenMixer):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(dim, num_heads, conv, direction, scans, **dd)
         self.width = dim // num_heads
+        check_widths(self.width, self.width, num_heads)
         self.elu = check_option("feature_map", feature_map, FEATURE_MAPS) == "elu"
         self.rope = check_rope(rope, self.width, dim, num_heads)
         self.in_proj = nn.Linear(dim, 3 * dim, bias=False, **dd)
@@ -110,11 +129,9 @@ class LinearAttentionMixer(TokenMixer):
         B, Gh, Gw, C = x.shape
         N, H, K = Gh * Gw, self.num_heads, self.width
         q, k, v = self.in_proj(self.conv(x)).reshape(B, N, 3, H, K).unbind(2)
-        if self.elu:
-            q, k = F.elu(q) + 1.0, F.elu(k) + 1.0
-        else:
-            q, k = F.relu(q), F.relu(k)
-        turned_q, turned_k = q, k
+        q, k = positive(q, self.elu), positive(k, self.elu)
+        turned_q: Tensor | None = None
+        turned_k: Tensor | None = None
         if self.rope:
             turned_q, turned_k = rope2d(q, Gh, Gw), rope2d(k, Gh, Gw)
         o = normalised_linear_attention(

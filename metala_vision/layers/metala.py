@@ -17,7 +17,7 @@ from metala_vision.kernels.gated_linear_attention import (
 )
 from metala_vision.kernels.gated_norm import gated_norm_op
 
-from .mixer import TokenMixer, check_decays, check_option, check_rope
+from .mixer import TokenMixer, check_decays, check_option, check_rope, check_widths
 from .pos_embed import rope2d
 from .scan import token_order
 
@@ -136,6 +136,7 @@ class MetaLAMixer(TokenMixer):
             raise ValueError("rope with shared_decay=False needs key='projected', got key='decay'")
         self.key_width = dim // (2 * num_heads)
         self.value_width = dim // num_heads
+        check_widths(self.key_width, self.value_width, num_heads)
         self.self_aug = self_aug
         self.projected_key = key == "projected"
         self.rope = check_rope(rope, self.key_width, dim, num_heads)

@@ -5,7 +5,11 @@ from typing import Any
 
 from torch import nn
 
-from metala_vision.kernels.gated_linear_attention import DIRECTIONS
+from metala_vision.kernels.gated_linear_attention import (
+    DIRECTIONS,
+    MAX_KEY_WIDTH,
+    MAX_VALUE_WIDTH,
+)
 
 from .conv import TokenConv
 from .scan import check_scans
@@ -81,3 +85,12 @@ def check_rope(rope: bool, key_width: int, dim: int, num_heads: int) -> bool:
             f"(dim={dim}, num_heads={num_heads})"
         )
     return rope
+
+
+def check_widths(key_width: int, value_width: int, num_heads: int) -> None:
+    """What the operator takes on every device."""
+    if key_width > MAX_KEY_WIDTH or value_width > MAX_VALUE_WIDTH:
+        raise ValueError(
+            f"num_heads={num_heads} leaves keys of {key_width} and values of {value_width} "
+            f"channels a head; {MAX_KEY_WIDTH} and {MAX_VALUE_WIDTH} are supported: take more heads"
+        )

@@ -13,10 +13,11 @@ import torch
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
+from metala_vision.kernels._portable import may_keep
 from metala_vision.kernels.gated_linear_attention import gated_linear_attention_op
 from metala_vision.kernels.gated_norm import NORMS, gated_norm_op
 
-from .mixer import TokenMixer, check_option, check_rope
+from .mixer import TokenMixer, check_option, check_rope, check_widths
 from .pos_embed import rope2d
 from .scan import inverse, token_order
 
@@ -51,11 +52,12 @@ def constant_decay(log_decays: list[float], q: Tensor) -> Tensor:
     """The log decay of each head [H] for all of q [B, N, H, K]: a view, in float32 at least."""
     K = q.shape[3]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    if torch.jit.is_scripting() or torch.compiler.is_compiling():
-        decay = _filled(log_decays, K, dtype, q.device)
+    if torch.jit.is_scripting():
+        return _filled(log_decays, K, dtype, q.device).expand(q.shape)
     else:
-        decay = _kept(tuple(log_decays), K, dtype, q.device)
-    return decay.expand(q.shape)
+        if may_keep(q):
+            return _kept(tuple(log_decays), K, dtype, q.device).expand(q.shape)
+        return _filled(log_decays, K, dtype, q.device).expand(q.shape)
 
 
 def _filled(values: list[float], K: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -64,14 +66,14 @@ def _filled(values: list[float], K: int, dtype: torch.dtype, device: torch.devic
 
 
 @lru_cache(maxsize=128)
-def _kept(values: tuple, K: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _kept(values: Any, K: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # what is kept must serve training too
         return _filled(list(values), K, dtype, device)
 
 
 @register_notrace_function
-def rope_along(q: Tensor, order: Tensor | None) -> Tensor:
-    """q [B, N, H, K], pairs of channels turned by t theta at step t of the scan.
+def rope_along(q: Tensor, k: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
+    """q and k [B, N, H, K], pairs of channels turned by t theta at step t of the scan.
 
     theta_i = 10000^(-i / (K / 2 - 1)): the product of two turned vectors depends on how many steps
     lie between them. Source: RetNet, arXiv 2307.08621, equation 5, with its authors' angles.
@@ -83,8 +85,11 @@ def rope_along(q: Tensor, order: Tensor | None) -> Tensor:
     if order is not None:
         step = inverse(order).reshape(-1, N).t()
     angle = step.to(dtype).unsqueeze(2) * theta  # [N, 1 or H, K / 2]
-    cos, sin = angle.cos(), angle.sin()
-    even, odd = q[..., 0::2].to(dtype), q[..., 1::2].to(dtype)
+    return _turned(q, angle.cos(), angle.sin()), _turned(k, angle.cos(), angle.sin())
+
+
+def _turned(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    even, odd = q[..., 0::2].to(cos.dtype), q[..., 1::2].to(cos.dtype)
     turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], 4)
     return turned.reshape(q.shape).to(q.dtype)
 
@@ -136,12 +141,13 @@ class RetNetMixer(TokenMixer):
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(dim, num_heads, conv, direction, scans, **dd)
-        if value_ratio < 1:
-            raise ValueError(f"value_ratio must be >= 1, got {value_ratio}")
+        if value_ratio not in (1, 2, 3, 4):
+            raise ValueError(f"value_ratio must be 1, 2, 3 or 4, got {value_ratio}")
         if not 0 <= layer < depth:
             raise ValueError(f"layer must be one of 0 ... depth - 1, got {layer} of {depth}")
         self.key_width = dim // num_heads
         self.value_width = value_ratio * self.key_width
+        check_widths(self.key_width, self.value_width, num_heads)
         check_option("rotary", rotary, ROTARY)
         self.rotary = rotary == "scan" and not rope
         if self.rotary and self.key_width % 2:
@@ -162,13 +168,15 @@ class RetNetMixer(TokenMixer):
         """x [B, Gh, Gw, C] -> [B, Gh, Gw, C]."""
         B, Gh, Gw, _ = x.shape
         N, H, K, V = Gh * Gw, self.num_heads, self.key_width, self.value_width
-        q, k, v, output_gate = self.in_proj(self.conv(x)).split([H * K, H * K, H * V, H * V], dim=3)
+        q, k, v, output_gate = self.in_proj(self.conv(x).reshape(B, N, -1)).split(
+            [H * K, H * K, H * V, H * V], dim=2
+        )
         q, k, v = q.reshape(B, N, H, K), k.reshape(B, N, H, K), v.reshape(B, N, H, V)
         order = token_order(x, self.scans, H)
         if self.rope:
             q, k = rope2d(q, Gh, Gw), rope2d(k, Gh, Gw)
         elif self.rotary:
-            q, k = rope_along(q, order), rope_along(k, order)
+            q, k = rope_along(q, k, order)
         o = gated_linear_attention_op(
             q, v, k, None, constant_decay(self.log_decays, q), 1.0, K**-0.5, self.direction, order
         )
@@ -176,4 +184,4 @@ class RetNetMixer(TokenMixer):
             o, output_gate.reshape(B, N, H, V), None, None, None, None, None, None, 1.0, self.norm,
             self.norm_eps,
         )  # fmt: skip
-        return self.out_proj(y.reshape(B, Gh, Gw, H * V))
+        return self.out_proj(y.reshape(B, N, H * V)).reshape(B, Gh, Gw, -1)

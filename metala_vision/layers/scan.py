@@ -12,6 +12,8 @@ import torch
 from timm.layers import register_notrace_function
 from torch import Tensor
 
+from metala_vision.kernels._portable import may_keep
+
 ORDERS = ("raster", "column", "snake", "diagonal", "hilbert", "morton", "spiral", "window(SIZE)")
 # Built from ranges alone: the size of the grid may stay unknown while a model is exported.
 ANY_SIZE = ("raster", "column", "snake")
@@ -75,18 +77,19 @@ def token_order(x: Tensor, names: list[str], num_heads: int) -> Tensor | None:
     if torch.jit.is_scripting():
         orders = [_build(name, Gh, Gw, x.device) for name in names]
     else:
-        orders = [_for_grid(name, Gh, Gw, x.device) for name in names]
+        orders = [_for_grid(name, Gh, Gw, x) for name in names]
     if len(names) == 1:
         return orders[0]
     return torch.stack(orders).repeat_interleave(num_heads // len(names), dim=0)
 
 
-def _for_grid(name: str, Gh: int, Gw: int, device: torch.device) -> Tensor:
+def _for_grid(name: str, Gh: int, Gw: int, x: Tensor) -> Tensor:
     """Eager: kept from call to call. Traced: built in the graph where the grid is symbolic."""
+    device = x.device
     if isinstance(Gh, int) and isinstance(Gw, int):
-        if torch.compiler.is_compiling():
-            return _build(name, Gh, Gw, device)
-        return _cached(name, Gh, Gw, device)
+        if may_keep(x):
+            return _cached(name, Gh, Gw, device)
+        return _build(name, Gh, Gw, device)
     if name not in ANY_SIZE:
         raise ValueError(
             f"scan order {name!r} needs an image size that is fixed at export; "

@@ -76,7 +76,18 @@ def recurrence(q, keys, v, alphas, direction, visits, scale):
     return o
 
 
-def gla(x, p, H, conv, direction, visits, shared_decay=True, average=False, kind="layer"):
+def turned2d(x, H, Gw):
+    """x [N, C] with every head turned by row and column."""
+    K = x.shape[1] // H
+    heads = [
+        [turn(x[t, h * K : h * K + K], t // Gw, t % Gw) for h in range(H)] for t in range(len(x))
+    ]
+    return np.array(heads).reshape(x.shape)
+
+
+def gla(
+    x, p, H, conv, direction, visits, shared_decay=True, average=False, kind="layer", rope=False
+):
     """GLA, arXiv 2312.06635, section 4.4, for one image [Gh, Gw, C]."""
     Gh, Gw, C = x.shape
     N, half = Gh * Gw, C // 2
@@ -85,6 +96,8 @@ def gla(x, p, H, conv, direction, visits, shared_decay=True, average=False, kind
     q, k, v, r, low = (
         x @ w.T for w in np.split(p["in_proj.weight"], np.cumsum([half, half, C, C]))
     )
+    if rope:
+        q, k = turned2d(q, H, Gw), turned2d(k, H, Gw)
     a = low @ p["decay_proj.weight"].T + p["decay_proj.bias"]
     alphas = [
         sigmoid(a[:, i * half : (i + 1) * half]) ** (1 / 16) for i in range(a.shape[1] // half)
@@ -102,37 +115,45 @@ def gla(x, p, H, conv, direction, visits, shared_decay=True, average=False, kind
     return (y @ p["out_proj.weight"].T).reshape(Gh, Gw, C)
 
 
-def hgrn2(x, p, H, conv, direction, visits, gamma=0.0):
+def hgrn2(x, p, H, conv, direction, visits, gamma=0.0, rope=False):
     """HGRN2, arXiv 2404.07904, for one image; gamma [C], the layer's lower bound."""
     Gh, Gw, C = x.shape
     N, K = Gh * Gw, C // H
     x = convolve(x, p.get("conv.conv.weight"), conv, direction).reshape(N, C)
     q, f, i = np.split(x @ p["in_proj.weight"].T + p["in_proj.bias"], 3, axis=1)
     q, f, i = sigmoid(q), gamma + (1 - gamma) * sigmoid(f), silu(i)
+    k = 1 - f
+    if rope:
+        q, k = turned2d(q, H, Gw), turned2d(k, H, Gw)
     o = np.zeros((N, C))
     for h in range(H):
         c = slice(h * K, h * K + K)
         o[:, c] = recurrence(
-            q[:, c], [1 - f[:, c]] * 2, i[:, c], [f[:, c]] * 2, direction, visits[h], 1.0
+            q[:, c], [k[:, c]] * 2, i[:, c], [f[:, c]] * 2, direction, visits[h], 1.0
         )
     y = np.stack([norm(o[t], "layer") for t in range(N)]) * p["norm.weight"] + p["norm.bias"]
     return (y @ p["out_proj.weight"].T).reshape(Gh, Gw, C)
 
 
-def retnet(x, p, H, conv, direction, visits, ratio=1, gammas=None, rotary=True, kind="layer"):
+def retnet(
+    x, p, H, conv, direction, visits, ratio=1, gammas=None, rotary=True, kind="layer",
+    rope=False,
+):  # fmt: skip
     """RetNet, arXiv 2307.08621, equations 5 to 8, for one image; gammas [H]."""
     Gh, Gw, C = x.shape
     N, K = Gh * Gw, C // H
     V = ratio * K
     x = convolve(x, p.get("conv.conv.weight"), conv, direction).reshape(N, C)
     q, k, v, g = (x @ w.T for w in np.split(p["in_proj.weight"], np.cumsum([C, C, ratio * C])))
+    if rope:
+        q, k = turned2d(q, H, Gw), turned2d(k, H, Gw)
     y = np.zeros((N, H * V))
     for h in range(H):
         keys, values = slice(h * K, h * K + K), slice(h * V, h * V + V)
         turned = []
         for z in (q[:, keys], k[:, keys]):
             z = z.copy()
-            for step in range(N) if rotary else ():
+            for step in range(N) if rotary and not rope else ():
                 t = visits[h][step]
                 # a pair as one complex number, times e^(i n theta)
                 theta = 10000.0 ** -np.linspace(0, 1, K // 2)
@@ -163,11 +184,13 @@ def projected(x, p, conv, direction):
     return (x @ w.T for w in np.split(p["in_proj.weight"], 3))
 
 
-def attention(x, p, H, conv, direction, visits):
+def attention(x, p, H, conv, direction, visits, rope=False):
     """Softmax attention, arXiv 1706.03762, equation 1, for one image."""
     Gh, Gw, C = x.shape
     N, K = Gh * Gw, C // H
     q, k, v = projected(x, p, conv, direction)
+    if rope:
+        q, k = turned2d(q, H, Gw), turned2d(k, H, Gw)
     y = np.zeros((N, C))
     for h in range(H):
         c = slice(h * K, h * K + K)
@@ -178,7 +201,7 @@ def attention(x, p, H, conv, direction, visits):
     return (y @ p["out_proj.weight"].T).reshape(Gh, Gw, C)
 
 
-def linear_attention(x, p, H, conv, direction, visits, kind="elu"):
+def linear_attention(x, p, H, conv, direction, visits, kind="elu", rope=False):
     """The linear Transformer, arXiv 2006.16236, equations 4 to 12, for one image."""
     Gh, Gw, C = x.shape
     N, K = Gh * Gw, C // H
@@ -187,12 +210,15 @@ def linear_attention(x, p, H, conv, direction, visits, kind="elu"):
     def phi(z):
         return np.maximum(z, 0) if kind == "relu" else np.where(z > 0, z + 1, np.exp(z))
 
+    q, k = phi(q), phi(k)
+    # the numerator's; the row sums are of those that are not turned
+    turned_q, turned_k = (turned2d(q, H, Gw), turned2d(k, H, Gw)) if rope else (q, k)
     y = np.zeros((N, C))
     for h in range(H):
         c = slice(h * K, h * K + K)
         for step in range(N):
             t, others = visits[h][step], [visits[h][s] for s in heard(step, N, direction)]
-            weight = [phi(q[t, c]) @ phi(k[s, c]) for s in others]
+            weight = [turned_q[t, c] @ turned_k[s, c] for s in others]
             total = sum(w * v[s, c] for w, s in zip(weight, others, strict=True))
-            y[t, c] = total / (sum(weight) + 1e-6)
+            y[t, c] = total / (sum(q[t, c] @ k[s, c] for s in others) + 1e-6)
     return (y @ p["out_proj.weight"].T).reshape(Gh, Gw, C)

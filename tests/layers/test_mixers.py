@@ -1,8 +1,11 @@
 """Every comparator's mixer against its published equations, written out token by token in numpy."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from metala_vision.kernels.gated_linear_attention import DIRECTIONS
 from metala_vision.layers import (
@@ -16,8 +19,6 @@ from metala_vision.layers import (
 )
 from metala_vision.layers.conv import CONVS
 from metala_vision.layers.hgrn2 import bounded_log_decay
-from metala_vision.layers.linear_attention import normalised_linear_attention
-from metala_vision.layers.pos_embed import rope2d
 from metala_vision.layers.retnet import retention_log_decay
 from tests._numerics import SAME, normal, relative_rms
 from tests.layers import _by_hand
@@ -131,26 +132,51 @@ def test_the_written_out_equations_notice_a_wrong_parameter(mixer_cls):
         assert relative_rms(ours, torch.from_numpy(by_hand)) > 1e-4, name
 
 
-@pytest.mark.parametrize("mixer_cls", [GLAMixer, HGRN2Mixer, RetNetMixer, AttentionMixer])
-def test_rope_turns_queries_and_keys_by_row_and_column(mixer_cls, monkeypatch):
-    mixer, _ = made(mixer_cls, rope=True)
-    seen = []
-    module = __import__(mixer_cls.__module__, fromlist=["rope2d"])
-    monkeypatch.setattr(module, "rope2d", lambda q, *grid: seen.append(grid) or rope2d(q, *grid))
+@pytest.mark.parametrize("direction", ["forward", "bidirectional"])
+@pytest.mark.parametrize("mixer_cls", MIXERS)
+def test_rope_turns_queries_and_keys_by_row_and_column(mixer_cls, direction):
+    mixer, weights = made(mixer_cls, rope=True, direction=direction)
     x = normal(1, 3, 4, C, seed=50)
-    turned = mixer(x)
-    assert seen == [(3, 4), (3, 4)]
-    monkeypatch.setattr(module, "rope2d", lambda q, *grid: q)
-    assert relative_rms(mixer(x).detach(), turned.detach()) > 1e-3
+    arguments = (x[0].numpy(), weights, H, "depthwise2d", direction, visits(3, 4))
+    ours = mixer(x)[0].detach()
+    turned, plain = (
+        torch.from_numpy(MIXERS[mixer_cls](*arguments, rope=rope)) for rope in (True, False)
+    )
+    assert relative_rms(ours, turned) <= EXACT
+    assert relative_rms(ours, plain) > 1e-4
 
 
-def test_linear_attention_turns_the_numerator_alone():
-    q, k, v = (normal(1, 6, 1, 4, seed=i).abs() for i in range(3))
-    turned = [rope2d(x, 2, 3) for x in (q, k)]
-    o = normalised_linear_attention(q, k, v, *turned, "bidirectional", None)[0, :, 0]
-    upper = torch.einsum("tk,sk,sv->tv", turned[0][0, :, 0], turned[1][0, :, 0], v[0, :, 0])
-    lower = torch.einsum("tk,sk->t", q[0, :, 0], k[0, :, 0]) + 1e-6
-    assert relative_rms(o, upper / lower[:, None]) <= EXACT
+@pytest.mark.parametrize("autocast", [False, True])
+def test_small_features_of_linear_attention_keep_their_size(autocast):
+    """elu(-9) + 1 in 16 bits is 0, and with it every weight."""
+    mixer = LinearAttentionMixer(C, H, conv="none")
+    with torch.no_grad():
+        x = 1 + 0.1 * torch.randn(1, 3, 3, C)
+        mixer.in_proj.weight[: 2 * C].uniform_(-0.6, -0.5)
+        q, _, _ = mixer.in_proj(x).chunk(3, 3)
+        assert q.max() < -7
+        expected = copy.deepcopy(mixer).double()(x.double())
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            ours = mixer(x)
+    assert relative_rms(ours, expected) <= (2e-2 if autocast else 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_script_of_linear_attention_does_not_overflow_16_bits():
+    torch.manual_seed(0)
+    mixer, x = LinearAttentionMixer(64, 1, conv="none").eval(), 4 * torch.randn(1, 32, 32, 64)
+    with torch.no_grad():
+        expected = mixer(x)
+        with torch.autocast("cpu", torch.float16):
+            assert relative_rms(torch.jit.script(mixer)(x), expected) <= 1e-2
+
+
+@pytest.mark.parametrize("mixer_cls", MIXERS)
+def test_a_pass_of_fake_tensors_leaves_nothing_behind(mixer_cls):
+    mixer, x = mixer_cls(24, 3, scans="spiral", direction="forward"), torch.randn(1, 3, 7, 24)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        mixer(fake.from_tensor(x))
+    assert torch.isfinite(mixer(x)).all()
 
 
 def test_lower_bounds_grow_from_zero_to_below_one():
@@ -204,7 +230,7 @@ def test_published_decays():
         (GLAMixer, {"direction": "sideways"}, "direction='sideways' is unknown; accepted: forward"),
         (GLAMixer, {"norm": "batch"}, "norm='batch' is unknown; accepted: layer, rms"),
         (GLAMixer, {"tau": 0}, "tau must be > 0, got 0"),
-        (GLAMixer, {"rank": 0}, "rank must be >= 1, got 0"),
+        (GLAMixer, {"rank": 2.5}, "rank must be a whole number >= 1, got 2.5"),
         (GLAMixer, {"shared_decay": False, "direction": "forward"}, "shared_decay=False needs"),
         (GLAMixer, {"average": True, "direction": "forward"}, "average=True needs direction="),
         (HGRN2Mixer, {"scans": "zigzag"}, "scan order 'zigzag' is unknown"),
@@ -213,12 +239,18 @@ def test_published_decays():
         (RetNetMixer, {"dim": 14}, "rotary='scan' needs an even key width, got 7"),
         (RetNetMixer, {"decay": "fast"}, "decay='fast' is unknown; accepted: retnet, transnormer"),
         (RetNetMixer, {"rotary": "2d"}, "rotary='2d' is unknown; accepted: scan, none"),
-        (RetNetMixer, {"value_ratio": 0}, "value_ratio must be >= 1, got 0"),
+        (RetNetMixer, {"value_ratio": 5 / 3}, "value_ratio must be 1, 2, 3 or 4, got 1.66"),
         (RetNetMixer, {"layer": 3, "depth": 3}, "layer must be one of 0 ... depth - 1, got 3 of 3"),
         (
             LinearAttentionMixer,
             {"feature_map": "exp"},
             "feature_map='exp' is unknown; accepted: elu",
+        ),
+        (AttentionMixer, {"conv": "5"}, "conv='5' is unknown"),
+        (
+            HGRN2Mixer,
+            {"dim": 192, "num_heads": 1},
+            "num_heads=1 leaves keys of 192 and values of 192 channels a head; 128 and 256",
         ),
         (LinearAttentionMixer, {"conv": "5x5"}, "conv='5x5' is unknown"),
     ],

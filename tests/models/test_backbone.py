@@ -1,7 +1,9 @@
 """timm's surface on every model that this package registers."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -109,6 +111,16 @@ def test_the_papers_count_term_by_term():
         block = 13 * d * d + 4 * d + d + d // 2 + 4 * d
         stem, norm, head = 3 * 16 * 16 * d + d, 2 * d, 1000 * d + 1000
         assert 12 * block + stem + norm + head == PARAMETERS[name]
+
+
+def test_the_readme_tells_every_count():
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    told = {int(n.replace(",", "")) for n in re.findall(r"\d[\d,]*,\d{3}", readme)}
+    families = {f"{family}_{size}" for family in FAMILIES for size in SIZES}
+    assert {PARAMETERS[name] for name in families} <= told
+    for family in FAMILIES[1:]:
+        row = " | ".join(f"{PARAMETERS[f'{family}_{size}']:,}" for size in SIZES)
+        assert f"| `{family}` | {row} |" in readme
 
 
 def test_every_family_has_every_size():
@@ -365,3 +377,19 @@ def test_reset_classifier_refuses_an_unknown_pool():
     with pytest.raises(ValueError, match="num_classes must be >= 0, got -1"):
         model.reset_classifier(-1)
     assert isinstance(model, Backbone) and model.num_classes == 5
+
+
+@pytest.mark.export
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+@pytest.mark.parametrize("name", NANO)
+def test_one_layer_trains_compiled(name):
+    """By Inductor, which has its own ideas of how to fuse a backward pass."""
+    model, x = timm.create_model(name, depth=1, num_classes=3), torch.randn(2, 3, 64, 64)
+    expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()),
+                                   allow_unused=True)  # fmt: skip
+    found = torch.autograd.grad(
+        torch.compile(model, fullgraph=True)(x).square().sum(), list(model.parameters()),
+        allow_unused=True,
+    )  # fmt: skip
+    for ours, eager in zip(found, expected, strict=True):
+        assert eager is None or relative_rms(ours, eager) <= 1e-4

@@ -36,7 +36,10 @@ def test_exports_any_batch(name):
 
 
 ANY_SIZE = [("metala_nano", scan) for scan in ("raster", "column", "snake")]
-ANY_SIZE += [(name, "raster") for name in metala_vision.list_models("*_nano")[1:]]
+ANY_SIZE += [
+    pytest.param(name, "raster", marks=() if name == "retnet_nano" else pytest.mark.slow)
+    for name in metala_vision.list_models("*_nano")[1:]
+]
 
 
 @pytest.mark.parametrize(("name", "scan"), ANY_SIZE)

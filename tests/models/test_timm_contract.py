@@ -19,6 +19,7 @@ from torch import nn
 from torchvision.ops import FeaturePyramidNetwork
 
 import metala_vision
+from metala_vision.layers.retnet import retention_log_decay
 from metala_vision.models import family
 from tests._numerics import SAME, relative_rms
 
@@ -59,6 +60,29 @@ def test_intermediates_are_what_the_blocks_give(name):
     for ours, i in zip(by_getter(x), (0, 2), strict=True):
         assert torch.equal(ours, intermediates[i])
     assert by_getter.feature_info.channels() == [model.num_features] * 2
+
+
+def test_every_layer_gets_its_own_lower_bound():
+    model, x = shallow("hgrn2_nano"), images(2, 3, 64, 64)
+    with torch.no_grad():
+        model.lower_bounds.weight.normal_()
+    seen = []
+    for block in model.blocks:
+        block.mixer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+    model(x).square().sum().backward()
+    model.forward_intermediates(x)
+    for i, bound in enumerate(seen):
+        assert torch.equal(bound, model.lower_bounds()[i % DEPTH])
+    assert len(seen) == 2 * DEPTH and model.lower_bounds.weight.grad.abs().max() > 0
+    assert not torch.equal(seen[1], seen[2])
+
+
+def test_every_layer_gets_its_own_transnormer_decay():
+    model = shallow("retnet_nano", decay="transnormer")
+    for i, block in enumerate(model.blocks):
+        decays = retention_log_decay("transnormer", 2, i, DEPTH)
+        assert block.mixer.log_decays == decays
+    assert len({block.mixer.log_decays[0] for block in model.blocks}) == DEPTH
 
 
 @torch.no_grad()
@@ -118,7 +142,7 @@ def test_every_feature_class_gives_the_same_features(name, feature_cls, pos_embe
     other = timm.create_model(name, feature_cls=feature_cls, **arguments).eval()
     x = images(1, 3, 64, 64)
     if name.startswith("hgrn2") and feature_cls != "fx":
-        with pytest.raises(ValueError, match="'list', 'dict' and 'hook' leave it out, 'getter'"):
+        with pytest.raises(ValueError, match="'list', 'dict' and 'hook' do not, 'getter'"):
             other(x)
         return
     found = other(x)

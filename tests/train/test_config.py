@@ -52,8 +52,16 @@ def test_matched_configurations_differ_in_the_model_alone():
         name = config.model.model
         other = matched[0].model.model_copy(update={"model": name})
         assert config.model == other
-        mixer = timm.create_model(name, device="meta").blocks[0].mixer
+        kwargs = config.model.model_kwargs
+        mixer = timm.create_model(name, device="meta", **kwargs).blocks[0].mixer
         assert (mixer.conv.kind, mixer.direction) == ("depthwise2d", "bidirectional")
+
+
+def test_published_language_models_are_causal_without_a_convolution():
+    for name in ("gla", "retnet", "transnormer"):
+        model = load_config(f"published/{name}_tiny").model
+        mixer = timm.create_model(model.model, device="meta", **model.model_kwargs).blocks[0].mixer
+        assert (mixer.conv.kind, mixer.direction) == ("none", "forward")
 
 
 @pytest.mark.parametrize("name", [n for n in shipped_configs() if "/" in n])
