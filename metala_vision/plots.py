@@ -63,5 +63,5 @@ def learning_curve(metrics: list[dict[str, Any]], title: str, path: Path) -> Non
     accuracy_axis.set(xlabel="step", ylabel="held-out accuracy, %", ylim=(0, 102))
     for axis in (loss_axis, accuracy_axis):
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
+        axis.legend(frameon=False, loc="upper right")  # "best" may take seconds
     _save(figure, path)
