@@ -61,7 +61,7 @@ def learning_curve(metrics: list[dict[str, Any]], title: str, path: Path) -> Non
             textcoords="offset points", ha="right",
         )  # fmt: skip
     accuracy_axis.set(xlabel="step", ylabel="held-out accuracy, %", ylim=(0, 102))
-    for axis in (loss_axis, accuracy_axis):
+    for axis, place in ((loss_axis, "upper right"), (accuracy_axis, "lower right")):
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False, loc="upper right")  # "best" may take seconds
+        axis.legend(frameon=False, loc=place)  # to look for the best one may take seconds
     _save(figure, path)
