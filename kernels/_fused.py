@@ -66,6 +66,20 @@ def implementations(
     return portable
 
 
+def in_graph(x: Tensor, impl: str) -> bool:
+    """Whether torch.compile is at work, without torch.export or functorch, and takes one node."""
+    if not torch.compiler.is_compiling():
+        return False
+    # The node chooses as "auto" does.
+    if impl != "auto" and not (impl == "chunked" and x.device.type == "cpu"):
+        return False
+    # not is_exporting(): torch.compile takes that for is_compiling() (torch 2.11)
+    exporting = getattr(torch.compiler, "_is_exporting_flag", True)
+    if exporting or torch._C._are_functorch_transforms_active():
+        return False
+    return x.device.type in ("cpu", "cuda")
+
+
 def run(launches: Iterable[Any], device: torch.device) -> None:
     """Each launch, one after the other."""
     if device.type == "cpu":

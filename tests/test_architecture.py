@@ -108,6 +108,7 @@ def test_the_order_is_noticed_when_broken(module, source):
 def test_the_definition_and_the_portable_form_know_neither_triton_nor_each_other():
     portable = {f"{PACKAGE}.kernels.gated_linear_attention.{name}" for name in ("chunked", "pairs")}
     portable |= {f"{PACKAGE}.kernels.gated_norm.portable", f"{PACKAGE}.kernels._portable"}
+    portable |= {f"{PACKAGE}.kernels.linear_recurrence.chunked"}
     for module, path in modules().items():
         names = imports(path.read_text(), module, False)
         if module.endswith(".reference"):

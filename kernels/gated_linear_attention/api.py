@@ -6,7 +6,7 @@ B batch, N tokens, H heads, K key width per head, V value width per head.
 import torch
 from torch import Tensor
 
-from metala_vision.kernels._fused import implementations
+from metala_vision.kernels._fused import implementations, in_graph
 from metala_vision.kernels._impl import choose
 from metala_vision.kernels._portable import plainly_eager
 from metala_vision.kernels.gated_linear_attention import fused
@@ -129,7 +129,7 @@ def _run(
         q, v, k, gate, log_decay, gate_divisor, scale, direction, order, initial_state,
         output_final_state,
     )  # fmt: skip
-    if initial_state is None and not output_final_state and _in_graph(q, impl):
+    if initial_state is None and not output_final_state and in_graph(q, impl):
         return portable(*arguments[:9]), None
     form = choose(impl, implementations(q, impl))
     if form == "triton" and (impl == "triton" or plainly_eager(q)):
@@ -145,20 +145,6 @@ def _run(
         with torch.autocast(device_type, enabled=False):
             return function(*arguments)
     return function(*arguments)
-
-
-def _in_graph(q: Tensor, impl: str) -> bool:
-    """Whether torch.compile is at work, without torch.export or functorch, and takes one node."""
-    if not torch.compiler.is_compiling():
-        return False
-    # The node chooses as "auto" does.
-    if impl != "auto" and not (impl == "chunked" and q.device.type == "cpu"):
-        return False
-    # not is_exporting(): torch.compile takes that for is_compiling() (torch 2.11)
-    exporting = getattr(torch.compiler, "_is_exporting_flag", True)
-    if exporting or torch._C._are_functorch_transforms_active():
-        return False
-    return q.device.type in ("cpu", "cuda")
 
 
 def _validate(

@@ -4,8 +4,11 @@ from .attention import AttentionMixer
 from .block import Block, BoundedBlock
 from .conv import TokenConv
 from .gla import GLAMixer
-from .hgrn2 import HGRN2Mixer, LowerBounds
+from .hgrn import HGRNMixer
+from .hgrn2 import HGRN2Mixer
 from .linear_attention import LinearAttentionMixer
+from .lower_bound import LowerBounds
+from .lru import LRUMixer
 from .metala import MetaLAMixer
 from .mixer import TokenMixer
 from .pos_embed import SinCos2d, check_pos_embed
@@ -19,6 +22,8 @@ __all__ = [
     "BoundedBlock",
     "GLAMixer",
     "HGRN2Mixer",
+    "HGRNMixer",
+    "LRUMixer",
     "LinearAttentionMixer",
     "LowerBounds",
     "MetaLAMixer",

@@ -2,10 +2,10 @@
 
 import timm
 
-from . import attention, gla, hgrn2, linear_attention, metala, retnet
+from . import attention, gla, hgrn, hgrn2, linear_attention, lru, metala, retnet
 from .backbone import Backbone
 
-FAMILIES = ("metala", "attention", "gla", "hgrn2", "linear_attention", "retnet")
+FAMILIES = ("metala", "attention", "gla", "hgrn", "hgrn2", "linear_attention", "lru", "retnet")
 
 
 def list_models(filter: str | list[str] = "") -> list[str]:
@@ -18,9 +18,11 @@ __all__ = [
     "Backbone",
     "attention",
     "gla",
+    "hgrn",
     "hgrn2",
     "linear_attention",
     "list_models",
+    "lru",
     "metala",
     "retnet",
 ]

@@ -5,6 +5,7 @@ import torch
 from metala_vision.kernels.gated_linear_attention import gated_linear_attention
 from metala_vision.kernels.gated_linear_attention.reference import reference
 from metala_vision.kernels.gated_norm import gated_norm
+from metala_vision.kernels.linear_recurrence import linear_recurrence
 from tests._numerics import GATES, normal, relative_rms
 
 TAU = 16.0
@@ -143,4 +144,40 @@ def norm_errors(
         assert y.dtype == dtype
         found = torch.autograd.grad(y, list(given.values()), d_y.to(device, dtype))
         results.append({"y": y.detach(), **dict(zip(given, found, strict=True))})
+    return {name: relative_rms(results[0][name], x) for name, x in results[1].items()}
+
+
+# What a call of linear_recurrence may bring: one b for each direction, an order.
+RECURRENCE_MODES = {
+    "forward": {"direction": "forward"},
+    "backward": {"direction": "backward"},
+    "both": {},
+    "both, two": {"per_direction": True},
+    "both, order": {"order": True},
+    "backward, order": {"direction": "backward", "order": True},
+}
+
+
+def recurrence_errors(
+    N, gates="half-100-half+8", *, direction="bidirectional", per_direction=False, order=False,
+    B=2, M=2, C=5, impl="triton", device="cpu", working_dtype=torch.float32,
+):  # fmt: skip
+    """Relative RMS error of the states and of both gradients of one call against float64."""
+    lead = [2] if per_direction else []
+    # as a slice of a projection
+    b = normal(*lead, B, N, M + 1, C, seed=0).to(working_dtype)[..., :M, :]
+    decay = torch.nn.functional.logsigmoid(GATES[gates](normal(B, N, C, seed=1))) / TAU
+    given = {"b": b, "log_decay": decay.to(torch.float32)}
+    visits = torch.randperm(N).to(device) if order else None
+    results = []
+    for form, dtype in ((impl, working_dtype), ("reference", torch.float64)):
+        double = dtype == torch.float64
+        inputs = {
+            name: x.to(device, dtype if name == "b" or double else x.dtype).requires_grad_()
+            for name, x in given.items()
+        }
+        h = linear_recurrence(**inputs, direction=direction, order=visits, impl=form)
+        d_h = normal(*h.shape, seed=2).to(working_dtype).to(device, dtype)
+        found = torch.autograd.grad(h, list(inputs.values()), d_h)
+        results.append({"h": h.detach(), **dict(zip(inputs, found, strict=True))})
     return {name: relative_rms(results[0][name], x) for name, x in results[1].items()}

@@ -30,6 +30,8 @@ from metala_vision.kernels.gated_linear_attention.triton_fwd import forward_laun
 from metala_vision.kernels.gated_linear_attention.triton_states import Call, padded
 from metala_vision.kernels.gated_norm.triton_bwd import backward_launch
 from metala_vision.kernels.gated_norm.triton_fwd import forward_launch
+from metala_vision.kernels.linear_recurrence import triton_scan
+from metala_vision.kernels.linear_recurrence.fused import Edges
 from tests.kernels._cases import NORM_MODES, norm_inputs
 
 pytestmark = pytest.mark.aot
@@ -128,6 +130,16 @@ def norm_launches(K, V, dtype, mode):
     return [forward_launch(*arguments)[1], backward_launch(given["o"], *arguments)[1]]
 
 
+def recurrence_launches(M, C, N, dtype, direction, ordered=False, B=2):
+    """Those of one forward and one backward pass of the linear recurrence."""
+    b = torch.empty(B, N, M + 1, C, dtype=dtype)[:, :, :M]
+    log_decay, visits = torch.empty(B, N, C), torch.empty(N, dtype=torch.int64)
+    arguments = (log_decay, direction, visits if ordered else None, Edges)
+    h, forward = triton_scan.forward_launches(b, *arguments)
+    _, _, backward = triton_scan.backward_launches(torch.empty_like(h), h, *arguments)
+    return [x for x in (*forward, *backward) if isinstance(x, Launch)]
+
+
 def check(target, K, V, N, dot, direction, folder, **shape):
     check_launches(target, launches(K, V, N, dot, direction, **shape), dot, folder)
 
@@ -187,6 +199,27 @@ def test_the_gated_norm_compiles_for_an_h100(mode, dtype, tmp_path):
 @pytest.mark.parametrize("target", [t for t in TARGETS if t != "sm_90"])
 def test_the_models_gated_norm_compiles_for_every_target(target, tmp_path):
     check_launches(target, norm_launches(32, 64, torch.bfloat16, "gate"), "", tmp_path)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_models_linear_recurrence_compiles_for_every_target(target, tmp_path):
+    for dtype in (torch.bfloat16, torch.float32):
+        of_a_call = recurrence_launches(2, 192, 600, dtype, "bidirectional")
+        check_launches(target, of_a_call, "", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "width", "N", "dtype", "direction", "ordered"),
+    list(product(
+        TARGETS, ((1, 1), (2, 40), (1, 384)), (1, 196, 600),
+        (torch.bfloat16, torch.float16, torch.float32), ("backward", "bidirectional"),
+        (False, True),
+    )),
+)  # fmt: skip
+def test_every_linear_recurrence_compiles(target, width, N, dtype, direction, ordered, tmp_path):
+    of_a_call = recurrence_launches(*width, N, dtype, direction, ordered, B=1 if N == 1 else 2)
+    check_launches(target, of_a_call, "", tmp_path)
 
 
 @pytest.mark.slow

@@ -22,11 +22,13 @@ from tests._numerics import GATES, LENGTHS, bound, relative_rms
 from tests.kernels._cases import (
     MODES,
     NORM_MODES,
+    RECURRENCE_MODES,
     TAU,
     inputs,
     mode_errors,
     norm_errors,
     norm_inputs,
+    recurrence_errors,
     truth,
 )
 
@@ -119,6 +121,18 @@ def test_the_gated_norm_eager_compiled_in_a_cuda_graph_and_every_time():
     captured.zero_()
     graph.replay()
     assert torch.equal(captured, y.detach())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("N", LENGTHS)
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("mode", RECURRENCE_MODES)
+def test_the_linear_recurrence(mode, gates, N, dtype):
+    measured = recurrence_errors(
+        N, gates, device="cuda", working_dtype=dtype, C=70, **RECURRENCE_MODES[mode]
+    )
+    for name, error in measured.items():
+        assert error <= bound(dtype, "gate" if name == "log_decay" else name), (name, error)
 
 
 @pytest.mark.parametrize(("K", "V"), [(16, 16), (32, 64), (64, 128), (128, 256)])

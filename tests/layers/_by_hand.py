@@ -222,3 +222,56 @@ def linear_attention(x, p, H, conv, direction, visits, kind="elu", rope=False):
             total = sum(w * v[s, c] for w, s in zip(weight, others, strict=True))
             y[t, c] = total / (sum(q[t, c] @ k[s, c] for s in others) + 1e-6)
     return (y @ p["out_proj.weight"].T).reshape(Gh, Gw, C)
+
+
+def complex_recurrence(u, decay, theta, direction, visits):
+    """The states [N, C] of each pass of h_t = decay_t e^(i theta) h_{t-1} + u_t, all complex."""
+    found = []
+    for i, way in enumerate(steps(len(u), direction)):
+        h, states = np.zeros(u.shape[1], complex), np.zeros(u.shape, complex)
+        for step in way:
+            t = visits[step]
+            h = decay[t] * np.exp(1j * theta[i]) * h + u[t]
+            states[t] = h
+        found.append(states)
+    return found
+
+
+def by_group(u, decay, theta, direction, visits):
+    """The same, every group of channels along its own scan."""
+    E = u.shape[1] // len(visits)
+    parts = [
+        complex_recurrence(u[:, p], decay[:, p], theta[:, p], direction, visits[i])
+        for i, p in enumerate(slice(j * E, j * E + E) for j in range(len(visits)))
+    ]
+    return [np.concatenate(states, 1) for states in zip(*parts, strict=True)]
+
+
+def hgrn(x, p, H, conv, direction, visits, gamma=0.0):
+    """HGRN, arXiv 2311.04823, section 3, for one image; gamma [C], the layer's lower bound."""
+    Gh, Gw, C = x.shape
+    N = Gh * Gw
+    x = convolve(x, p.get("conv.conv.weight"), conv, direction).reshape(N, C)
+    parts = x @ p["in_proj.weight"].T + p["in_proj.bias"]
+    re, im, f, g = np.split(parts, [C, 2 * C, 3 * C], axis=1)
+    f = gamma + (1 - gamma) * sigmoid(f)
+    u = (1 - f) * (silu(re) + 1j * silu(im))
+    h = sum(by_group(u, f, p["theta"], direction, visits))
+    y = np.stack([norm(row, "layer") for row in np.concatenate([h.real, h.imag], 1)])
+    y = (y * p["norm.weight"] + p["norm.bias"]) * silu(g)
+    return (y @ p["out_proj.weight"].T).reshape(Gh, Gw, C)
+
+
+def lru(x, p, H, conv, direction, visits):
+    """LRU, arXiv 2303.06349, section 3, for one image."""
+    Gh, Gw, C = x.shape
+    x = convolve(x, p.get("conv.conv.weight"), conv, direction).reshape(-1, C)
+    B = p["in_proj.weight"][:C] + 1j * p["in_proj.weight"][C:]
+    u = (x @ B.T) * np.exp(p["log_gain"])
+    decay = np.broadcast_to(np.exp(-np.exp(p["nu"])), u.shape)
+    theta = np.broadcast_to(np.exp(p["theta"]), (2, C))
+    y = p["skip"] * x
+    for i, h in enumerate(by_group(u, decay, theta, direction, visits)):
+        w = p["out_proj.weight"][:, 2 * i * C : 2 * (i + 1) * C]
+        y = y + (h @ (w[:, :C] + 1j * w[:, C:]).conj().T).real
+    return y.reshape(Gh, Gw, C)

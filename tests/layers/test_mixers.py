@@ -12,13 +12,15 @@ from metala_vision.layers import (
     AttentionMixer,
     GLAMixer,
     HGRN2Mixer,
+    HGRNMixer,
     LinearAttentionMixer,
     LowerBounds,
+    LRUMixer,
     RetNetMixer,
     scan_order,
 )
 from metala_vision.layers.conv import CONVS
-from metala_vision.layers.hgrn2 import bounded_log_decay
+from metala_vision.layers.lower_bound import bounded_log_decay
 from metala_vision.layers.retnet import retention_log_decay
 from tests._numerics import SAME, normal, relative_rms
 from tests.layers import _by_hand
@@ -28,7 +30,9 @@ MIXERS = {
     AttentionMixer: _by_hand.attention,
     GLAMixer: _by_hand.gla,
     HGRN2Mixer: _by_hand.hgrn2,
+    HGRNMixer: _by_hand.hgrn,
     LinearAttentionMixer: _by_hand.linear_attention,
+    LRUMixer: _by_hand.lru,
     RetNetMixer: _by_hand.retnet,
 }
 # float64, sums of some dozen terms; 1 - f by subtraction loses up to 1e-14 of a key near 0
@@ -108,10 +112,11 @@ def test_every_option_is_its_equation(mixer_cls, options, by_hand):
         assert relative_rms(ours, equations()) > 1e-3  # without the option: something else
 
 
-def test_a_lower_bound_is_its_equation():
-    mixer, weights = made(HGRN2Mixer)
+@pytest.mark.parametrize("mixer_cls", [HGRNMixer, HGRN2Mixer])
+def test_a_lower_bound_is_its_equation(mixer_cls):
+    mixer, weights = made(mixer_cls)
     x = normal(1, 3, 4, C, seed=50)
-    expected = _by_hand.hgrn2(
+    expected = MIXERS[mixer_cls](
         x[0].numpy(), weights, H, "depthwise2d", "bidirectional", visits(3, 4), GAMMA
     )
     ours = mixer(x, torch.from_numpy(GAMMA))[0].detach()
@@ -133,7 +138,7 @@ def test_the_written_out_equations_notice_a_wrong_parameter(mixer_cls):
 
 
 @pytest.mark.parametrize("direction", ["forward", "bidirectional"])
-@pytest.mark.parametrize("mixer_cls", MIXERS)
+@pytest.mark.parametrize("mixer_cls", [m for m in MIXERS if m not in (HGRNMixer, LRUMixer)])
 def test_rope_turns_queries_and_keys_by_row_and_column(mixer_cls, direction):
     mixer, weights = made(mixer_cls, rope=True, direction=direction)
     x = normal(1, 3, 4, C, seed=50)
@@ -236,6 +241,10 @@ def test_published_decays():
         (HGRN2Mixer, {"scans": "zigzag"}, "scan order 'zigzag' is unknown"),
         (HGRN2Mixer, {"scans": ("raster", "column", "snake")}, "num_heads=2 cannot be divided"),
         (HGRN2Mixer, {"dim": 12, "rope": True}, "rope needs a key width divisible by 4, got 6"),
+        (HGRNMixer, {"rope": True}, "pos_embed='rope2d' turns queries; HGRN has none"),
+        (LRUMixer, {"rope": True}, "pos_embed='rope2d' turns queries; LRU has none"),
+        (LRUMixer, {"r_min": 1.0}, "0 <= r_min < r_max <= 1 is needed, got 1.0 and 1.0"),
+        (LRUMixer, {"max_phase": 0}, "max_phase must be > 0, got 0"),
         (RetNetMixer, {"dim": 14}, "rotary='scan' needs an even key width, got 7"),
         (RetNetMixer, {"decay": "fast"}, "decay='fast' is unknown; accepted: retnet, transnormer"),
         (RetNetMixer, {"rotary": "2d"}, "rotary='2d' is unknown; accepted: scan, none"),

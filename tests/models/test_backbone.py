@@ -40,6 +40,10 @@ PARAMETERS = {
     "gla_tiny": 6_180_520,
     "gla_small": 23_861_608,
     "gla_base": 93_728_488,
+    "hgrn_nano": 1_883_496,
+    "hgrn_tiny": 6_149_416,
+    "hgrn_small": 23_799_400,
+    "hgrn_base": 93_604_072,
     "hgrn2_nano": 1_877_352,
     "hgrn2_tiny": 6_135_592,
     "hgrn2_small": 23_771_752,
@@ -48,6 +52,10 @@ PARAMETERS = {
     "linear_attention_tiny": 6_121_768,
     "linear_attention_small": 23_744_104,
     "linear_attention_base": 93_493_480,
+    "lru_nano": 1_876_328,
+    "lru_tiny": 6_130_984,
+    "lru_small": 23_762_536,
+    "lru_base": 93_530_344,
     "retnet_nano": 1_870_184,
     "retnet_tiny": 6_121_768,
     "retnet_small": 23_744_104,
@@ -95,6 +103,10 @@ def test_the_channel_mixer_pays_for_a_further_projection(options):
 @pytest.mark.parametrize("name", NANO)
 @pytest.mark.parametrize("pos_embed", ["none", "sincos2d", "rope2d"])
 def test_position_information_is_for_any_grid_and_not_in_the_checkpoint(name, pos_embed):
+    if name.startswith(("hgrn_", "lru_")) and pos_embed == "rope2d":
+        with pytest.raises(ValueError, match="pos_embed='rope2d' turns queries; .* has none"):
+            small(name, pos_embed=pos_embed)
+        return
     model = small(name, pos_embed=pos_embed, conv="none").eval()
     assert set(model.state_dict()) == set(small(name, conv="none").state_dict())
     for size in ((64, 64), (32, 96)):
@@ -255,10 +267,13 @@ def test_drop_rates_act_in_training_only():
 def test_weight_decay_and_layer_groups_name_real_parameters(name):
     model = small(name)
     names = {name for name, _ in model.named_parameters()}
-    own = {
-        "metala": {f"blocks.{i}.mixer.w_aug" for i in range(2)}, "hgrn2": {"lower_bounds.weight"},
-    }  # fmt: skip
-    assert model.no_weight_decay() == own.get(name.removesuffix("_nano"), set())
+    of_a_mixer = {
+        "metala": ("w_aug",), "hgrn": ("theta",),
+        "lru": ("nu", "theta", "log_gain", "in_proj.weight"),
+    }.get(name.removesuffix("_nano"), ())  # fmt: skip
+    own = {f"blocks.{i}.mixer.{parameter}" for i in range(2) for parameter in of_a_mixer}
+    own |= {"lower_bounds.weight"} if name.startswith("hgrn") else set()
+    assert model.no_weight_decay() == own
     assert model.no_weight_decay() <= names
     groups = timm.models.group_parameters(model, model.group_matcher(coarse=False))
     assert {n for group in groups.values() for n in group} == names

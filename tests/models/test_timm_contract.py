@@ -62,8 +62,9 @@ def test_intermediates_are_what_the_blocks_give(name):
     assert by_getter.feature_info.channels() == [model.num_features] * 2
 
 
-def test_every_layer_gets_its_own_lower_bound():
-    model, x = shallow("hgrn2_nano"), images(2, 3, 64, 64)
+@pytest.mark.parametrize("name", ["hgrn_nano", "hgrn2_nano"])
+def test_every_layer_gets_its_own_lower_bound(name):
+    model, x = shallow(name), images(2, 3, 64, 64)
     with torch.no_grad():
         model.lower_bounds.weight.normal_()
     seen = []
@@ -141,7 +142,7 @@ def test_every_feature_class_gives_the_same_features(name, feature_cls, pos_embe
     torch.manual_seed(0)
     other = timm.create_model(name, feature_cls=feature_cls, **arguments).eval()
     x = images(1, 3, 64, 64)
-    if name.startswith("hgrn2") and feature_cls != "fx":
+    if name.startswith("hgrn") and feature_cls != "fx":
         with pytest.raises(ValueError, match="'list', 'dict' and 'hook' do not, 'getter'"):
             other(x)
         return

@@ -34,7 +34,9 @@ def test_shipped_configurations():
     assert names <= set(shipped_configs())
 
 
-MIXERS = {"metala", "attention", "gla", "hgrn2", "retnet", "linear_attention"}
+MIXERS = {
+    "metala", "attention", "gla", "hgrn", "hgrn2", "retnet", "linear_attention", "lru",
+}  # fmt: skip
 
 
 def test_every_mixer_stands_in_matched_and_in_published():
@@ -58,7 +60,7 @@ def test_matched_configurations_differ_in_the_model_alone():
 
 
 def test_published_language_models_are_causal_without_a_convolution():
-    for name in ("gla", "retnet", "transnormer"):
+    for name in ("gla", "lru", "retnet", "transnormer"):
         model = load_config(f"published/{name}_tiny").model
         mixer = timm.create_model(model.model, device="meta", **model.model_kwargs).blocks[0].mixer
         assert (mixer.conv.kind, mixer.direction) == ("none", "forward")

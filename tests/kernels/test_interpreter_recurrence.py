@@ -1,0 +1,104 @@
+"""The linear recurrence's kernels in Triton's interpreter, on the CPU: `make test-kernels`."""
+
+import pytest
+import torch
+
+from metala_vision.kernels._fused import interpreted
+from metala_vision.kernels.linear_recurrence import linear_recurrence
+from tests._numerics import GATES, SAME, bound, normal, relative_rms
+from tests.kernels._cases import RECURRENCE_MODES, recurrence_errors
+
+if not interpreted():
+    pytest.skip("needs TRITON_INTERPRET=1: make test-kernels", allow_module_level=True)
+
+from metala_vision.kernels.linear_recurrence import triton_scan
+
+pytestmark = [
+    pytest.mark.interpreter,
+    # Triton's interpreter on `range` of a kernel's number.
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
+]
+RULE = bound(torch.float32, "h")
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Memory that nothing has written yet is NaN."""
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        make = getattr(owner, name)
+
+        def filled(*args, _make=make, **options):
+            x = _make(*args, **options)
+            return x.fill_(float("nan")) if x.is_floating_point() and len(x) else x
+
+        monkeypatch.setattr(owner, name, filled)
+
+
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("N", [1, 2, 31, 32, 33])
+def test_every_gate_set_meets_the_rule(N, gates):
+    measured = recurrence_errors(N, gates, B=1)
+    assert max(measured.values()) <= RULE, measured
+
+
+@pytest.mark.parametrize("mode", RECURRENCE_MODES)
+def test_every_mode_meets_the_rule_in_one_segment_and_in_several(mode, monkeypatch):
+    options = {"B": 1, "C": 20, **RECURRENCE_MODES[mode]}
+    measured = recurrence_errors(40, **options)
+    assert max(measured.values()) <= RULE, measured
+    monkeypatch.setattr(triton_scan, "LONGEST_SEGMENT", 32)
+    measured = recurrence_errors(100, **options)
+    assert max(measured.values()) <= RULE, measured
+
+
+@pytest.mark.parametrize(("M", "C"), [(1, 1), (3, 16), (1, 70), (2, 129)])
+def test_every_width_meets_the_rule(M, C):
+    measured = recurrence_errors(35, B=1, M=M, C=C)
+    assert max(measured.values()) <= RULE, measured
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("N", [64, 196, 513])
+@pytest.mark.parametrize("mode", RECURRENCE_MODES)
+def test_everything_meets_the_rule(mode, N, gates):
+    measured = recurrence_errors(N, gates, **RECURRENCE_MODES[mode])
+    assert max(measured.values()) <= RULE, measured
+
+
+def leaves(N=20):
+    b, log_decay = normal(1, N, 2, 5, seed=0).float(), -normal(1, N, 5, seed=1).abs().float()
+    return [b.requires_grad_(), log_decay.requires_grad_()]
+
+
+def test_by_name_only_on_a_cpu_and_every_run_gives_the_same_bits():
+    b, log_decay = leaves()
+    assert "Fused" not in type(linear_recurrence(b, log_decay).grad_fn).__name__
+    h = linear_recurrence(b, log_decay, impl="triton", direction="forward")
+    gradients = torch.autograd.grad(h.sum(), (b, log_decay))  # expanded
+    again = linear_recurrence(b, log_decay, impl="triton", direction="forward")
+    assert torch.equal(h, again)
+    for x, y in zip(gradients, torch.autograd.grad(again.sum(), (b, log_decay)), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_second_and_many_gradients_are_the_portable_forms():
+    results = []
+    for impl in ("triton", "chunked"):
+        b, log_decay = leaves()
+        h = linear_recurrence(b, log_decay.exp() - 1, impl=impl)
+        first = torch.autograd.grad(h.square().sum(), (b, log_decay), create_graph=True)
+        second = torch.autograd.grad(
+            sum(x.square().sum() for x in first), (b, log_decay), retain_graph=True
+        )
+        several = torch.stack([torch.ones_like(h), -torch.ones_like(h)])
+        (many,) = torch.autograd.grad(h, b, several, is_grads_batched=True)
+        results.append([*(x.detach() for x in first), *second, many])
+    for ours, other in zip(*results, strict=True):
+        assert relative_rms(ours, other) <= 10 * SAME
+
+
+def test_what_the_kernels_do_not_take_is_named():
+    b, log_decay = leaves()
+    with pytest.raises(ValueError, match="impl='triton' does not take float64; accepted: auto"):
+        linear_recurrence(b.double(), log_decay, impl="triton")
