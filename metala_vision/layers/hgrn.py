@@ -89,21 +89,8 @@ class HGRNMixer(TokenMixer):
         log_decay = bounded_log_decay(gate, lower_bound)
         lost = -torch.expm1(log_decay)
         u = F.silu(c).reshape(B, N, 2, C) * lost.unsqueeze(2)
-        theta = self.theta.to(u.dtype)
-        orders = token_order(x, self.scans, len(self.scans))
-        if orders is None or orders.dim() == 1:
-            h = rotating_recurrence(u, log_decay, theta, self.direction, orders).sum(0)
-        else:
-            groups: list[Tensor] = []
-            E = C // len(self.scans)
-            for i in range(len(self.scans)):
-                part = slice(i * E, i * E + E)
-                groups.append(
-                    rotating_recurrence(
-                        u[..., part], log_decay[..., part], theta[:, part], self.direction,
-                        orders[i],
-                    ).sum(0)
-                )  # fmt: skip
-            h = torch.cat(groups, 3)
+        h = rotating_recurrence(
+            u, log_decay, self.theta, self.direction, token_order(x, self.scans, len(self.scans))
+        ).sum(0)
         y = self.norm(h.reshape(B, N, 2 * C).to(g.dtype)) * F.silu(g)
         return self.out_proj(y).reshape(B, Gh, Gw, C)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
 from .mixer import TokenMixer
@@ -15,6 +16,21 @@ from .rotation import rotating_recurrence
 from .scan import token_order
 
 jit_ignore: Any = torch.jit.ignore  # torch types the decorated function as a flag
+
+
+@register_notrace_function
+def lru_states(
+    into: Tensor, nu: Tensor, theta: Tensor, log_gain: Tensor, num_directions: int,
+    direction: str, order: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """h [D, B, N, 2, C] of what enters [B, N, 2, C], with lambda = exp(-e^nu + i e^theta)."""
+    B, N, _, C = into.shape
+    dtype = torch.float64 if into.dtype == torch.float64 else torch.float32
+    log_decay = (-nu.to(dtype).exp()).expand(B, N, C)
+    phase = theta.to(dtype).exp().expand(num_directions, C)
+    return rotating_recurrence(
+        into.to(dtype) * log_gain.to(dtype).exp(), log_decay, phase, direction, order
+    )
 
 
 class LRUMixer(TokenMixer):
@@ -98,25 +114,10 @@ class LRUMixer(TokenMixer):
         N = Gh * Gw
         x_in = self.conv(x).reshape(B, N, C)
         into = self.in_proj(x_in).reshape(B, N, 2, C)
-        dtype = torch.float64 if into.dtype == torch.float64 else torch.float32
-        u = into.to(dtype) * self.log_gain.to(dtype).exp()
-        log_decay = (-self.nu.to(dtype).exp()).expand(B, N, C)
-        theta = self.theta.to(dtype).exp().expand(self.num_directions, C)
-        orders = token_order(x, self.scans, len(self.scans))
-        if orders is None or orders.dim() == 1:
-            h = rotating_recurrence(u, log_decay, theta, self.direction, orders)
-        else:
-            groups: list[Tensor] = []
-            E = C // len(self.scans)
-            for i in range(len(self.scans)):
-                part = slice(i * E, i * E + E)
-                groups.append(
-                    rotating_recurrence(
-                        u[..., part], log_decay[..., part], theta[:, part], self.direction,
-                        orders[i],
-                    )
-                )  # fmt: skip
-            h = torch.cat(groups, 4)
+        h = lru_states(
+            into, self.nu, self.theta, self.log_gain, self.num_directions, self.direction,
+            token_order(x, self.scans, len(self.scans)),
+        )  # fmt: skip
         # Re(h W_C) as one product over parts and directions; out_proj holds Re W_C and -Im W_C.
         states = h.permute(1, 2, 0, 3, 4).reshape(B, N, 2 * self.num_directions * C)
         y = self.out_proj(states.to(into.dtype)) + self.skip * x_in

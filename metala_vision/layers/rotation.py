@@ -30,14 +30,10 @@ def _angles(theta: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
     return angle.cos().to(theta.dtype), angle.sin().to(theta.dtype)
 
 
-@register_notrace_function
-def rotating_recurrence(
+def _along(
     u: Tensor, log_decay: Tensor, theta: Tensor, direction: str, order: Tensor | None
 ) -> Tensor:
-    """The states h [D, B, N, 2, C] of each direction, in u's dtype; forward first.
-
-    u [B, N, 2, C], log_decay [B, N, C], theta [D, C] in float32 or float64, order [N].
-    """
+    """`rotating_recurrence` along one order [N]."""
     N = u.shape[1]
     steps = torch.arange(N, device=u.device)
     if order is not None:
@@ -54,5 +50,28 @@ def rotating_recurrence(
     z = linear_recurrence_op(into, log_decay, direction, order)
     if not both:
         z = z.unsqueeze(0)
-    h = [_turn(z[i], backs[i][0], backs[i][1]) for i in range(len(backs))]
-    return torch.stack(h).to(u.dtype)
+    return torch.stack([_turn(z[i], backs[i][0], backs[i][1]) for i in range(len(backs))])
+
+
+@register_notrace_function
+def rotating_recurrence(
+    u: Tensor, log_decay: Tensor, theta: Tensor, direction: str, order: Tensor | None
+) -> Tensor:
+    """The states h [D, B, N, 2, C] of each direction, forward first; float32, or float64 for u's.
+
+    u [B, N, 2, C], log_decay [B, N, C], theta [D, C], order [N], or [G, N] for G groups of
+    channels.
+    """
+    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    u, log_decay, theta = u.to(dtype), log_decay.to(dtype), theta.to(dtype)
+    if order is None or order.dim() == 1:
+        return _along(u, log_decay, theta, direction, order)
+    G = order.shape[0]
+    E = u.shape[3] // G
+    groups: list[Tensor] = []
+    for i in range(G):
+        part = slice(i * E, i * E + E)
+        groups.append(
+            _along(u[..., part], log_decay[..., part], theta[:, part], direction, order[i])
+        )
+    return torch.cat(groups, 4)

@@ -104,7 +104,7 @@ def test_the_channel_mixer_pays_for_a_further_projection(options):
 @pytest.mark.parametrize("pos_embed", ["none", "sincos2d", "rope2d"])
 def test_position_information_is_for_any_grid_and_not_in_the_checkpoint(name, pos_embed):
     if name.startswith(("hgrn_", "lru_")) and pos_embed == "rope2d":
-        with pytest.raises(ValueError, match="pos_embed='rope2d' turns queries; .* has none"):
+        with pytest.raises(ValueError, match=r"pos_embed='rope2d' turns queries; .* has none"):
             small(name, pos_embed=pos_embed)
         return
     model = small(name, pos_embed=pos_embed, conv="none").eval()
