@@ -71,7 +71,11 @@ def scan(a: Tensor, h: Tensor) -> Tensor:
     behind = _between(a, h) if any_size else h  # of one chunk
     for i in range(len(states) - 1, -1, -1):
         h = states[i]
-        if any_size or h.shape[1] > 1:
+        if any_size:  # a slice of NC - 1 would be of one size
+            later = torch.arange(h.shape[1], device=h.device).view(-1, 1, 1) > 0
+            entering = torch.where(later, behind.roll(1, 1), 0.0)
+            h = h + decays[i].unsqueeze(3) * entering.unsqueeze(2)
+        elif h.shape[1] > 1:
             entering = torch.cat([torch.zeros_like(behind[:, :1]), behind[:, :-1]], 1)
             h = h + decays[i].unsqueeze(3) * entering.unsqueeze(2)
         behind = h.reshape(P, -1, M, C)[:, : sizes[i]]
