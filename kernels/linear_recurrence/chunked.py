@@ -38,7 +38,8 @@ def _between(a: Tensor, h: Tensor) -> Tensor:
     later, earlier = chunk.view(NC, 1, 1), chunk.view(1, NC, 1)
     factors = torch.where(later > earlier, a.unsqueeze(2), 1.0)  # [P, NC, NC, C]
     weight = torch.where(later >= earlier, factors.cumprod(1), 0.0)
-    return torch.einsum("pijc,pjmc->pimc", weight, h)
+    # Not einsum: autocast would take it in 16 bits.
+    return (weight.unsqueeze(3) * h.unsqueeze(1)).sum(2)
 
 
 def scan(a: Tensor, h: Tensor) -> Tensor:
@@ -54,8 +55,9 @@ def scan(a: Tensor, h: Tensor) -> Tensor:
     more = True
     while more:
         n = h.shape[1]
-        # For any size always some padding, or the graph would hold for multiples of L only.
-        NC = n // L + 1 if any_size else (n + L - 1) // L
+        # For any size always some padding, or the graph would hold for multiples of L only, and
+        # always two chunks, or it would hold from L tokens on.
+        NC = n // L + 2 if any_size else (n + L - 1) // L
         pad = NC * L - n
         if any_size or pad > 0:
             a = F.pad(a, [0, 0, 0, pad], value=1.0)
@@ -78,7 +80,7 @@ def scan(a: Tensor, h: Tensor) -> Tensor:
         elif h.shape[1] > 1:
             entering = torch.cat([torch.zeros_like(behind[:, :1]), behind[:, :-1]], 1)
             h = h + decays[i].unsqueeze(3) * entering.unsqueeze(2)
-        behind = h.reshape(P, -1, M, C)[:, : sizes[i]]
+        behind = h.reshape(P, h.shape[1] * L, M, C)[:, : sizes[i]]
     return behind
 
 

@@ -27,6 +27,7 @@ def forward(b: Tensor, log_decay: Tensor, direction: str, order: Tensor | None) 
     """h [D, B, N, M, C], without autograd."""
     from metala_vision.kernels.linear_recurrence.triton_scan import forward_launches
 
+    order = None if order is None else order.contiguous()
     h, launches = forward_launches(b, log_decay, direction, order, Edges)
     run(launches, b.device)
     return h
@@ -38,6 +39,7 @@ def backward(
     """Gradients of b and log_decay, each in its own dtype. shared: both directions had one b."""
     from metala_vision.kernels.linear_recurrence.triton_scan import backward_launches
 
+    order = None if order is None else order.contiguous()
     if d_h.stride(4) != 1 and d_h.shape[4] > 1:  # a sum's gradient, for one
         d_h = d_h.contiguous()
     d_b, d_log, launches = backward_launches(d_h, h, log_decay, direction, order, Edges)

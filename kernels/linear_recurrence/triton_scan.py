@@ -124,7 +124,8 @@ def linear_recurrence_bwd_kernel(
     p_decay += i_b * decay_b
     p_dlog += (i_d * B + i_b) * N * C
     o_segment = (i_d * B + i_b) * NS + i_s
-    for i_m in range(0, M):
+    for value in range(0, M):
+        i_m = tl.cast(value, tl.int64)
         p_in = p_dh + i_d * dh_d + i_b * dh_b + i_m * dh_m
         o_rows = ((i_d * B + i_b) * N * M + i_m) * C
         p_edge = p_entering + (o_segment * M + i_m) * C + c
@@ -151,12 +152,14 @@ def linear_recurrence_bwd_kernel(
                 d_log = g * h * tl.exp(rows(p_decay, decay_n, t, m, c, C))
                 p_out = p_dlog + t[:, None] * C + c[None, :]
                 if i_m > 0:
+                    # Another thread may have written it: barrier at the end of a value's pass.
                     d_log += tl.load(p_out, mask=inside, other=0.0)
                 tl.store(p_out, d_log, mask=inside)
         if SUMMARY:
             tl.store(p_edge, carried, mask=c < C)
             if i_m == 0:
                 tl.store(p_total + o_segment * C + c, total, mask=c < C)
+        tl.debug_barrier()
 
 
 def _cut(N: int) -> tuple[int, int]:

@@ -45,7 +45,9 @@ class LRUMixer(TokenMixer):
     r_min and r_max, phases up to max_phase, and a gain that starts at sqrt(1 - |lambda|^2). Both
     directions as S5, arXiv 2208.04933, has them: the same lambda and W_B, a read-out each. Differs
     for vision: the convolution (none is published) and any scan order; the paper's GELU and gated
-    linear unit are the backbone's channel mixer.
+    linear unit are the backbone's channel mixer, and W_B and W_C start as the backbone's (0.02; the
+    paper has (2 C)^-0.5 and C^-0.5). nu and theta are logarithms: in 16 bits, as after
+    model.to(torch.bfloat16), phases are off by up to 0.02 a step; autocast keeps them.
 
     Args:
         dim, conv, direction: see TokenMixer.
@@ -92,14 +94,12 @@ class LRUMixer(TokenMixer):
     def reset_parameters(self) -> None:
         """Initialise what this module owns directly."""
         r_min, r_max, max_phase = self.ring
+        u_1, u_2 = torch.rand(2, len(self.nu), dtype=torch.float64)
+        # Away from 0 and 1, where nu or the gain would be infinite
+        radius2 = (u_1 * (r_max**2 - r_min**2) + r_min**2).clamp(1e-6, 1 - 1e-6)
         with torch.no_grad():
-            nn.init.uniform_(self.nu)
-            nn.init.uniform_(self.theta, 1e-4, 1.0)
-            radius2 = self.nu * (r_max**2 - r_min**2) + r_min**2
-            # Away from 0 and 1, where nu or the gain would be infinite
-            radius2 = radius2.clamp(1e-6, 1 - 1e-6)
             self.nu.copy_((-0.5 * radius2.log()).log())
-            self.theta.copy_((self.theta * max_phase).log())
+            self.theta.copy_((u_2.clamp_min(1e-4) * max_phase).log())
             self.log_gain.copy_(0.5 * torch.log1p(-radius2))
             nn.init.normal_(self.skip)
 

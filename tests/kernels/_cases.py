@@ -165,15 +165,16 @@ def recurrence_errors(
     """Relative RMS error of the states and of both gradients of one call against float64."""
     lead = [2] if per_direction else []
     # as a slice of a projection
-    b = normal(*lead, B, N, M + 1, C, seed=0).to(working_dtype)[..., :M, :]
+    b = normal(*lead, B, N, M + 1, C, seed=0).to(device, working_dtype)[..., :M, :]
     decay = torch.nn.functional.logsigmoid(GATES[gates](normal(B, N, C, seed=1))) / TAU
-    given = {"b": b, "log_decay": decay.to(torch.float32)}
-    visits = torch.randperm(N).to(device) if order else None
+    given = {"b": b, "log_decay": decay.to(device, torch.float32)}
+    # not contiguous
+    visits = torch.stack([torch.randperm(N).int()] * 2, 1)[:, 0].to(device) if order else None
     results = []
     for form, dtype in ((impl, working_dtype), ("reference", torch.float64)):
         double = dtype == torch.float64
         inputs = {
-            name: x.to(device, dtype if name == "b" or double else x.dtype).requires_grad_()
+            name: x.detach().to(dtype if name == "b" or double else x.dtype).requires_grad_()
             for name, x in given.items()
         }
         h = linear_recurrence(**inputs, direction=direction, order=visits, impl=form)

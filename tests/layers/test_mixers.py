@@ -279,3 +279,17 @@ def test_under_autocast_a_mixer_stays_near_float32(mixer_cls):
             ours = mixer(x)
     # Some ten roundings of 2^-9 on the way
     assert relative_rms(ours, expected) <= 2e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_an_lru_starts_on_its_ring_in_any_type(dtype):
+    mixer = LRUMixer(1024, 1, r_min=0.9, r_max=0.9999, dtype=dtype)
+    assert all(torch.isfinite(p).all() for p in mixer.parameters())
+    radius = torch.exp(-mixer.nu.detach().double().exp())
+    assert radius.min() > 0.89 and radius.max() < 1
+    if dtype == torch.float32:
+        gain = mixer.log_gain.detach().double().exp()
+        assert relative_rms(gain, (1 - radius**2).sqrt()) <= 1e-3
+        # uniform in area on the ring
+        share = (radius**2 - 0.9**2) / (0.9999**2 - 0.9**2)
+        assert abs(share.mean() - 0.5) < 0.05 and mixer.theta.exp().max() < 2 * np.pi
