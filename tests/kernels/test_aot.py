@@ -53,6 +53,8 @@ MAY_SPILL = {
     # one direction, tiles of 16: 8; orders and log decays on gfx942: 12, on sm_100 also wide: 40
     ("gated_linear_attention_bwd_kernel", "ieee"): 40,
     ("gated_linear_attention_bwd_kernel", "tf32"): 32,  # one direction
+    # of 40 channels, ptxas at 96 or 128 registers; other tiles move it to other targets: LOG.md
+    ("linear_recurrence_bwd_kernel", "any width"): 32,
 }
 # What else a call may bring: keys, the kind of decay, an order, states.
 MODES = {
@@ -205,7 +207,7 @@ def test_the_models_gated_norm_compiles_for_every_target(target, tmp_path):
 def test_the_models_linear_recurrence_compiles_for_every_target(target, tmp_path):
     for dtype in (torch.bfloat16, torch.float32):
         of_a_call = recurrence_launches(2, 192, 600, dtype, "bidirectional")
-        check_launches(target, of_a_call, "", tmp_path)
+        check_launches(target, of_a_call, "the models' width", tmp_path)
 
 
 @pytest.mark.slow
@@ -219,7 +221,7 @@ def test_the_models_linear_recurrence_compiles_for_every_target(target, tmp_path
 )  # fmt: skip
 def test_every_linear_recurrence_compiles(target, width, N, dtype, direction, ordered, tmp_path):
     of_a_call = recurrence_launches(*width, N, dtype, direction, ordered, B=1 if N == 1 else 2)
-    check_launches(target, of_a_call, "", tmp_path)
+    check_launches(target, of_a_call, "any width", tmp_path)
 
 
 @pytest.mark.slow
