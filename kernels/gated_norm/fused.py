@@ -11,18 +11,19 @@ class Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, o, output_gate, bias, q, k, gate, v, w_aug, gate_divisor, norm, eps):
-        from metala_vision.kernels.gated_norm.triton_fwd import forward_launch
+        from metala_vision.kernels.gated_norm.triton_fwd import Call, forward_launch
 
         tensors = (o, output_gate, bias, q, k, gate, v, w_aug)
         ctx.save_for_backward(*tensors)
         ctx.options = (gate_divisor, norm, eps)
-        y, launch = forward_launch(*tensors, *ctx.options)
+        y, launch = forward_launch(Call(*tensors, *ctx.options))
         run([launch], o.device)
         return y
 
     @staticmethod
     def backward(ctx, d_y):  # type: ignore[override] # torch declares (ctx, *grads)
         from metala_vision.kernels.gated_norm.triton_bwd import backward_launch
+        from metala_vision.kernels.gated_norm.triton_fwd import Call
 
         tensors = ctx.saved_tensors
         if many_or_second(d_y):
@@ -32,7 +33,7 @@ class Fused(torch.autograd.Function):
             return *gradients, None, None, None
         if d_y.stride(3) != 1 and d_y.shape[3] > 1:  # a sum's gradient, for one
             d_y = d_y.contiguous()
-        made, launch = backward_launch(d_y, *tensors, *ctx.options)
+        made, launch = backward_launch(d_y, Call(*tensors, *ctx.options))
         run([launch], d_y.device)
         names = ("o", "output_gate", "bias", "q", "k", "gate", "v", "w_aug")
         gradients = []

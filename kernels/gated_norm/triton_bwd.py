@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metala_vision.kernels._triton import Launch, tile
 from metala_vision.kernels.gated_norm.triton_fwd import (
+    Call,
     key_and_slope,
     modes,
     normalised,
@@ -96,22 +97,10 @@ def gated_norm_bwd_kernel(
         tl.store(p_dw + (i_part * H + i_h) * K + c_k, d_w, mask=c_k < K)
 
 
-def backward_launch(
-    d_y: Tensor,
-    o: Tensor,
-    output_gate: Tensor,
-    bias: Tensor | None,
-    q: Tensor | None,
-    k: Tensor | None,
-    gate: Tensor | None,
-    v: Tensor | None,
-    w_aug: Tensor | None,
-    gate_divisor: float,
-    norm: str,
-    eps: float,
-) -> tuple[dict[str, Tensor], Launch]:
+def backward_launch(d_y: Tensor, call: Call) -> tuple[dict[str, Tensor], Launch]:
     """Gradients by name, not yet written, and the launch that writes them; those of bias and w_aug
     in parts [parts, H, ...], in float32."""
+    o, output_gate, bias, q, k, gate, v, w_aug, gate_divisor, norm, eps = call
     B, N, H, _ = o.shape
     shapes = shapes_of(o, q)
     num_tiles = triton.cdiv(B * N, shapes["R"])

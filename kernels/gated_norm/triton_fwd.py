@@ -4,7 +4,7 @@ B batch, N tokens, H heads, K key width per head, V value width per head; BK and
 that hold them, R rows (tokens of any sample) in a tile.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -100,6 +100,22 @@ def gated_norm_fwd_kernel(
     tl.store(p_y, y.to(p_y.dtype.element_ty), mask=m[:, None] & (c_v < V)[None, :])
 
 
+class Call(NamedTuple):
+    """The arguments of one call, as in reference.py."""
+
+    o: Tensor
+    output_gate: Tensor
+    bias: Tensor | None
+    q: Tensor | None
+    k: Tensor | None
+    gate: Tensor | None
+    v: Tensor | None
+    w_aug: Tensor | None
+    gate_divisor: float
+    norm: str
+    eps: float
+
+
 def modes(
     bias: Tensor | None, q: Tensor | None, k: Tensor | None, gate: Tensor | None,
     w_aug: Tensor | None, norm: str,
@@ -126,20 +142,9 @@ def strides_of(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(stride for x in tensors for stride in x.stride()[:3])
 
 
-def forward_launch(
-    o: Tensor,
-    output_gate: Tensor,
-    bias: Tensor | None,
-    q: Tensor | None,
-    k: Tensor | None,
-    gate: Tensor | None,
-    v: Tensor | None,
-    w_aug: Tensor | None,
-    gate_divisor: float,
-    norm: str,
-    eps: float,
-) -> tuple[Tensor, Launch]:
+def forward_launch(call: Call) -> tuple[Tensor, Launch]:
     """The output, not yet written, and the launch that writes it."""
+    o, output_gate, bias, q, k, gate, v, w_aug, gate_divisor, norm, eps = call
     B, N, H, _ = o.shape
     y = torch.empty(o.shape, dtype=o.dtype, device=o.device)
     shapes = shapes_of(o, q)

@@ -29,6 +29,7 @@ from metala_vision.kernels.gated_linear_attention.triton_bwd import backward_lau
 from metala_vision.kernels.gated_linear_attention.triton_fwd import forward_launches
 from metala_vision.kernels.gated_linear_attention.triton_states import Call, padded
 from metala_vision.kernels.gated_norm.triton_bwd import backward_launch
+from metala_vision.kernels.gated_norm.triton_fwd import Call as NormCall
 from metala_vision.kernels.gated_norm.triton_fwd import forward_launch
 from metala_vision.kernels.linear_recurrence import triton_scan
 from metala_vision.kernels.linear_recurrence.fused import Edges
@@ -128,8 +129,8 @@ def norm_launches(K, V, dtype, mode):
     norm = options.pop("norm", "layer")
     given = norm_inputs(49, K=K, V=V, dtype=dtype, **options)
     names = ("o", "output_gate", "bias", "q", "k", "gate", "v", "w_aug")
-    arguments = (*(given.get(name) for name in names), 16.0, norm, 1e-5)
-    return [forward_launch(*arguments)[1], backward_launch(given["o"], *arguments)[1]]
+    call = NormCall(*(given.get(name) for name in names), 16.0, norm, 1e-5)
+    return [forward_launch(call)[1], backward_launch(given["o"], call)[1]]
 
 
 def recurrence_launches(M, C, N, dtype, direction, ordered=False, B=2):

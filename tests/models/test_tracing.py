@@ -1,0 +1,73 @@
+"""Every family scripted and compiled; exports are in test_export.py."""
+
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+
+from tests._numerics import SAME, relative_rms
+from tests.models.test_backbone import NANO, small
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    """torch.compile keeps eight versions of one forward; every family's is the backbone's."""
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", [*NANO, "metala_tiny_paper"])
+def test_compiles_without_a_graph_break(name):
+    model = timm.create_model(name, depth=2, num_classes=3)
+    x = torch.randn(2, 3, 64, 64)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected = model(x)
+    actual = compiled(x)
+    actual.sum().backward()
+    torch.testing.assert_close(actual, expected)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", NANO)
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_saved_script_runs_without_the_package(name, tmp_path):
+    model = small(name).eval()
+    x = torch.randn(1, 3, 64, 64)
+    torch.jit.script(model).save(str(tmp_path / "model.pt"))
+    torch.save((x, model(x).detach()), tmp_path / "pair.pt")
+    # not bit-equal: eager Python takes the anchor, a script the tree
+    code = (
+        "import sys, warnings, torch; warnings.simplefilter('ignore')\n"
+        "x, expected = torch.load('pair.pt')\n"
+        f"assert (torch.jit.load('model.pt')(x) - expected).norm() <= {SAME} * expected.norm()\n"
+        "assert not any(name.startswith(('metala_vision', 'timm')) for name in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", NANO)
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_script_gives_the_same_numbers(name):
+    model = small(name).eval()
+    x = torch.randn(2, 3, 64, 64)
+    assert relative_rms(torch.jit.script(model)(x), model(x)) <= SAME  # the tree, the anchor
+
+
+@pytest.mark.export
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+@pytest.mark.parametrize("name", NANO)
+def test_one_layer_trains_compiled(name):
+    """By Inductor, which has its own ideas of how to fuse a backward pass."""
+    model, x = timm.create_model(name, depth=1, num_classes=3), torch.randn(2, 3, 64, 64)
+    expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()),
+                                   allow_unused=True)  # fmt: skip
+    found = torch.autograd.grad(
+        torch.compile(model, fullgraph=True)(x).square().sum(), list(model.parameters()),
+        allow_unused=True,
+    )  # fmt: skip
+    for ours, eager in zip(found, expected, strict=True):
+        assert eager is None or relative_rms(ours, eager) <= 1e-4
