@@ -144,6 +144,20 @@ def tokens(p_order, order_h, i_h, start, N, L: tl.constexpr, ORDER: tl.constexpr
 
 
 @triton.jit
+def token_of(p_order, step, N, BACKWARD, ORDER: tl.constexpr):
+    """The token of each step, int64, and whether there is one.
+
+    A step is a token in the sequence that a direction visits them: step i of the backward direction
+    is token N - 1 - i, or order[N - 1 - i].
+    """
+    m = (step >= 0) & (step < N)
+    t = tl.where(BACKWARD, N - 1 - step, step)
+    if ORDER:
+        t = tl.load(p_order + t, mask=m, other=0)
+    return t.to(tl.int64), m
+
+
+@triton.jit
 def tile(p, stride, t, c, m, C: tl.constexpr, other: tl.constexpr):
     """Rows t and columns c from p, `other` where m is false or the width C has ended."""
     p += t[:, None] * stride + c[None, :]

@@ -36,8 +36,9 @@ def _between(a: Tensor, h: Tensor) -> Tensor:
     NC = a.shape[1]
     chunk = torch.arange(NC, device=a.device)
     later, earlier = chunk.view(NC, 1, 1), chunk.view(1, NC, 1)
-    factors = torch.where(later > earlier, a.unsqueeze(2), 1.0)  # [P, NC, NC, C]
-    weight = torch.where(later >= earlier, factors.cumprod(1), 0.0)
+    # Sums of logarithms, all of one sign: a product along a dimension does not exist in ONNX.
+    logs = torch.where(later > earlier, a.clamp_min(1.2e-38).log().unsqueeze(2), 0.0)
+    weight = torch.where(later >= earlier, logs.cumsum(1).exp(), 0.0)  # [P, NC, NC, C]
     # Not einsum: autocast would take it in 16 bits.
     return (weight.unsqueeze(3) * h.unsqueeze(1)).sum(2)
 
@@ -84,14 +85,15 @@ def scan(a: Tensor, h: Tensor) -> Tensor:
     return behind
 
 
-def _visited(x: Tensor, order: Tensor | None, reverse: bool) -> Tensor:
+def visited(x: Tensor, order: Tensor | None, reverse: bool) -> Tensor:
     """Tokens (dimension 1) in the sequence in which a direction visits them."""
     if order is not None:
         x = x.index_select(1, order)
     return torch.flip(x, [1]) if reverse else x
 
 
-def _unvisited(x: Tensor, order: Tensor | None, reverse: bool) -> Tensor:
+def unvisited(x: Tensor, order: Tensor | None, reverse: bool) -> Tensor:
+    """The same back in the order of the tokens."""
     if reverse:
         x = torch.flip(x, [1])
     return x if order is None else x.index_select(1, torch.argsort(order))
@@ -103,8 +105,8 @@ def _states(b: Tensor, log_decay: Tensor, direction: str, order: Tensor | None) 
     found: list[Tensor] = []
     for way in ways:
         into = b if b.dim() == 4 else b[int(way)]
-        decay = _visited(log_decay.exp(), order, way)
-        found.append(_unvisited(scan(decay, _visited(into, order, way)), order, way))
+        decay = visited(log_decay.exp(), order, way)
+        found.append(unvisited(scan(decay, visited(into, order, way)), order, way))
     return torch.stack(found)
 
 
@@ -129,15 +131,15 @@ class Recurrence(torch.autograd.Function):
         ways = [False, True] if both else [ctx.direction == "backward"]
         d_b, d_log = [], torch.zeros_like(log_decay)
         for i, way in enumerate(ways):
-            decay = _visited(log_decay, order, way).exp()
+            decay = visited(log_decay, order, way).exp()
             # In the sequence visited: g_t takes the decay of t + 1, h_{t-1} lies one step back.
             later = F.pad(decay[:, 1:], [0, 0, 0, 1], value=1.0)
             g = torch.flip(
-                scan(torch.flip(later, [1]), torch.flip(_visited(d_h[i], order, way), [1])), [1]
+                scan(torch.flip(later, [1]), torch.flip(visited(d_h[i], order, way), [1])), [1]
             )
-            before = F.pad(_visited(h[i], order, way)[:, :-1], [0, 0, 0, 0, 1, 0])
-            d_log = d_log + _unvisited((g * before).sum(2) * decay, order, way)
-            d_b.append(_unvisited(g, order, way))
+            before = F.pad(visited(h[i], order, way)[:, :-1], [0, 0, 0, 0, 1, 0])
+            d_log = d_log + unvisited((g * before).sum(2) * decay, order, way)
+            d_b.append(unvisited(g, order, way))
         if not ctx.per_direction and both:
             return d_b[0] + d_b[1], d_log, None, None
         return torch.stack(d_b) if ctx.per_direction else d_b[0], d_log, None, None

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from metala_vision.kernels._triton import Launch
+from metala_vision.kernels._triton import Launch, token_of
 
 STEPS = 32  # of a tile
 LONGEST_SEGMENT = 512  # steps: so many are one program's, and more are cut
@@ -22,16 +22,6 @@ LONGEST_SEGMENT = 512  # steps: so many are one program's, and more are cut
 def then(a, h, a_later, h_later):
     """First h -> a h + (its own), then the later one: associative."""
     return a * a_later, a_later * h + h_later
-
-
-@triton.jit
-def token_of(p_order, step, N, BACKWARD, ORDER: tl.constexpr):
-    """The token of each step, int64, and whether there is one."""
-    m = (step >= 0) & (step < N)
-    t = tl.where(BACKWARD, N - 1 - step, step)
-    if ORDER:
-        t = tl.load(p_order + t, mask=m, other=0)
-    return t.to(tl.int64), m
 
 
 @triton.jit

@@ -9,6 +9,7 @@ from .hgrn2 import HGRN2Mixer
 from .linear_attention import LinearAttentionMixer
 from .lower_bound import LowerBounds
 from .lru import LRUMixer
+from .mamba import MambaMixer
 from .metala import MetaLAMixer
 from .mixer import TokenMixer
 from .pos_embed import SinCos2d, check_pos_embed
@@ -26,6 +27,7 @@ __all__ = [
     "LRUMixer",
     "LinearAttentionMixer",
     "LowerBounds",
+    "MambaMixer",
     "MetaLAMixer",
     "RetNetMixer",
     "SinCos2d",

@@ -19,7 +19,7 @@ class Block(nn.Module):
     Args:
         dim: C.
         mixer_layer: called with (dim, device=, dtype=).
-        mlp_ratio: hidden width of the GLU over C.
+        mlp_ratio: hidden width of the GLU over C; 0 leaves out the channel mixer and its norm.
         proj_drop: dropout inside the GLU. drop_path: stochastic depth of both branches.
     """
 
@@ -38,22 +38,32 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
         self.mixer = mixer_layer(dim, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
-        self.mlp = GluMlp(
-            dim,
-            hidden_features=2 * round(mlp_ratio * dim),  # timm counts both halves
-            act_layer=nn.SiLU,
-            gate_last=False,
-            bias=False,
-            drop=proj_drop,
-            **dd,
-        )
-        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        hidden = round(mlp_ratio * dim)
+        self.norm2 = self.mlp = self.drop_path2 = None
+        if mlp_ratio != 0:
+            if hidden < 1:
+                raise ValueError(f"mlp_ratio={mlp_ratio} leaves no hidden width of {dim} channels")
+            self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
+            self.mlp = GluMlp(
+                dim,
+                hidden_features=2 * hidden,  # timm counts both halves
+                act_layer=nn.SiLU,
+                gate_last=False,
+                bias=False,
+                drop=proj_drop,
+                **dd,
+            )
+            self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def mix_channels(self, x: Tensor) -> Tensor:
+        """The second branch with its residual."""
+        if self.norm2 is not None and self.mlp is not None and self.drop_path2 is not None:
+            x = x + self.drop_path2(self.mlp(self.norm2(x)))
+        return x
 
     def forward(self, x: Tensor, lower_bound: Tensor | None = None) -> Tensor:
         """x [B, Gh, Gw, C] -> [B, Gh, Gw, C]; lower_bound is for BoundedBlock."""
-        x = x + self.drop_path1(self.mixer(self.norm1(x)))
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
+        return self.mix_channels(x + self.drop_path1(self.mixer(self.norm1(x))))
 
 
 class BoundedBlock(Block):
@@ -66,5 +76,4 @@ class BoundedBlock(Block):
                 "the block needs the lower bound of its layer, which the backbone gives: call the "
                 "model; timm's feature_cls 'list', 'dict' and 'hook' do not, 'getter' and 'fx' do"
             )
-        x = x + self.drop_path1(self.mixer(self.norm1(x), lower_bound))
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
+        return self.mix_channels(x + self.drop_path1(self.mixer(self.norm1(x), lower_bound)))

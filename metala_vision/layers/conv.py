@@ -19,12 +19,13 @@ class TokenConv(nn.Module):
         none: the identity, without SiLU
 
     Source: causal1d of width 4 is that of MetaLA, arXiv 2411.10741, section 4; depthwise2d that of
-    ViG, arXiv 2405.18425. Neither has a bias.
+    ViG, arXiv 2405.18425. Neither has a bias; Mamba's, arXiv 2312.00752, does.
 
     Args:
         dim: C.
         kind: "depthwise2d", "causal1d" or "none".
         direction: of the mixer behind it; "bidirectional" convolves as "forward" does.
+        bias: add one.
     Raises:
         ValueError: for another kind.
     """
@@ -34,6 +35,7 @@ class TokenConv(nn.Module):
         dim: int,
         kind: str = "depthwise2d",
         direction: str = "forward",
+        bias: bool = False,
         device=None,
         dtype=None,
     ) -> None:
@@ -45,10 +47,10 @@ class TokenConv(nn.Module):
         self.conv: nn.Module = nn.Identity()
         if kind == "depthwise2d":
             self.conv = nn.Conv2d(
-                dim, dim, 3, padding=1, groups=dim, bias=False, device=device, dtype=dtype
+                dim, dim, 3, padding=1, groups=dim, bias=bias, device=device, dtype=dtype
             )
         elif kind == "causal1d":
-            self.conv = nn.Conv1d(dim, dim, 4, groups=dim, bias=False, device=device, dtype=dtype)
+            self.conv = nn.Conv1d(dim, dim, 4, groups=dim, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, Gh, Gw, C] -> [B, Gh, Gw, C]."""

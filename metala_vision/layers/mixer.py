@@ -26,6 +26,7 @@ class TokenMixer(nn.Module):
         scans: the order in which tokens are visited, see scan_order; several names divide the
             heads among them. The output is in raster order whatever the scan.
         widths: into how many parts a head's share of C is cut.
+        own_conv: whether the mixer makes its convolution itself.
     Raises:
         ValueError: naming the option, its value and what is accepted.
     """
@@ -38,6 +39,7 @@ class TokenMixer(nn.Module):
         direction: str,
         scans: str | Sequence[str],
         widths: int = 1,
+        own_conv: bool = False,
         device=None,
         dtype=None,
     ) -> None:
@@ -61,7 +63,8 @@ class TokenMixer(nn.Module):
         self.num_heads = num_heads
         self.direction = direction
         self.scans = list(scan_names)
-        self.conv = TokenConv(dim, conv, direction, **dd)
+        if not own_conv:
+            self.conv = TokenConv(dim, conv, direction, **dd)
 
 
 def check_option(name: str, value: str, accepted: tuple[str, ...]) -> str:

@@ -2,10 +2,12 @@
 
 import timm
 
-from . import attention, gla, hgrn, hgrn2, linear_attention, lru, metala, retnet
+from . import attention, gla, hgrn, hgrn2, linear_attention, lru, mamba, metala, retnet
 from .backbone import Backbone
 
-FAMILIES = ("metala", "attention", "gla", "hgrn", "hgrn2", "linear_attention", "lru", "retnet")
+FAMILIES = (
+    "metala", "attention", "gla", "hgrn", "hgrn2", "linear_attention", "lru", "mamba", "retnet",
+)  # fmt: skip
 
 
 def list_models(filter: str | list[str] = "") -> list[str]:
@@ -23,6 +25,7 @@ __all__ = [
     "linear_attention",
     "list_models",
     "lru",
+    "mamba",
     "metala",
     "retnet",
 ]

@@ -69,7 +69,7 @@ class Backbone(nn.Module):
         global_pool: "avg", "max", "avgmax", "catavgmax", or "" for the unpooled map.
         embed_dim: C.
         depth: number of blocks.
-        mlp_ratio: hidden width of the channel mixer over C.
+        mlp_ratio: hidden width of the channel mixer over C; 0 leaves it out.
         scans: orders in which the mixers visit the tokens, see layers.scan_order; one name, or
             several that the layers take in turn.
         split_heads: every layer uses all the orders, its heads divided among them.

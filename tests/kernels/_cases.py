@@ -6,6 +6,7 @@ from metala_vision.kernels.gated_linear_attention import gated_linear_attention
 from metala_vision.kernels.gated_linear_attention.reference import reference
 from metala_vision.kernels.gated_norm import gated_norm
 from metala_vision.kernels.linear_recurrence import linear_recurrence
+from metala_vision.kernels.selective_scan import selective_scan
 from tests._numerics import GATES, normal, relative_rms
 
 TAU = 16.0
@@ -181,4 +182,60 @@ def recurrence_errors(
         d_h = normal(*h.shape, seed=2).to(working_dtype).to(device, dtype)
         found = torch.autograd.grad(h, list(inputs.values()), d_h)
         results.append({"h": h.detach(), **dict(zip(inputs, found, strict=True))})
+    return {name: relative_rms(results[0][name], x) for name, x in results[1].items()}
+
+
+# Steps before softplus. Steps of e^-100 are below float32's range, and so are products with them:
+# where all are, there is no relative error to speak of.
+STEP_GATES = [name for name in GATES if name != "all-100"]
+
+# What a call of selective_scan may bring: which tensors come one for each direction, an order.
+SCAN_MODES = {
+    "forward": {"direction": "forward"},
+    "backward, order": {"direction": "backward", "order": True},
+    "both": {},
+    "both, two": {"own": ("u", "delta", "A", "k", "q", "skip", "delta_bias")},
+    "both, two u, order": {"own": ("u",), "order": True},
+    "both, plain": {"leave_out": ("skip", "delta_bias")},
+}
+
+
+def scan_inputs(N, gates="N(0,1)", *, B=2, E=5, M=3, own=(), leave_out=(), device="cpu",
+                dtype=torch.float32):  # fmt: skip
+    """The tensors of a call by name; k and q as slices of one projection, as a layer has them."""
+    shapes = {
+        "u": (B, N, E), "delta": (B, N, E), "A": (E, M), "k": (B, N, M + 1), "q": (B, N, M),
+        "skip": (E,), "delta_bias": (E,),
+    }  # fmt: skip
+    given = {}
+    for i, (name, shape) in enumerate(shapes.items()):
+        x = normal(*([2] if name in own else []), *shape, seed=i)
+        if name == "delta":
+            x = GATES[gates](x)
+        if name == "A":
+            x = -16 * x.abs()  # to e^-40 for a step of 1
+        of_activations = name in ("u", "delta", "k", "q")
+        x = x.to(device, dtype if of_activations else torch.float32)
+        given[name] = x[..., :M] if name == "k" else x
+    return {name: x for name, x in given.items() if name not in leave_out}
+
+
+def scan_errors(
+    N, gates="half-100-half+8", *, direction="bidirectional", order=False, impl="triton",
+    device="cpu", working_dtype=torch.float32, **shape,
+):  # fmt: skip
+    """Relative RMS error of the output and of every gradient of one call against float64."""
+    given = scan_inputs(N, gates, device=device, dtype=working_dtype, **shape)
+    # not contiguous
+    visits = torch.stack([torch.randperm(N).int()] * 2, 1)[:, 0].to(device) if order else None
+    results = []
+    for form, double in ((impl, working_dtype == torch.float64), ("reference", True)):
+        inputs = {
+            name: x.detach().to(torch.float64 if double else x.dtype).requires_grad_()
+            for name, x in given.items()
+        }
+        y = selective_scan(**inputs, direction=direction, order=visits, impl=form)
+        d_y = normal(*y.shape, seed=9).to(working_dtype).to(device, y.dtype)
+        found = torch.autograd.grad(y, list(inputs.values()), d_y)
+        results.append({"y": y.detach(), **dict(zip(inputs, found, strict=True))})
     return {name: relative_rms(results[0][name], x) for name, x in results[1].items()}

@@ -33,6 +33,13 @@ from metala_vision.kernels.gated_norm.triton_fwd import Call as NormCall
 from metala_vision.kernels.gated_norm.triton_fwd import forward_launch
 from metala_vision.kernels.linear_recurrence import triton_scan
 from metala_vision.kernels.linear_recurrence.fused import Edges
+from metala_vision.kernels.selective_scan.triton_bwd import (
+    backward_launches as scan_backward_launches,
+)
+from metala_vision.kernels.selective_scan.triton_fwd import Call as ScanCall
+from metala_vision.kernels.selective_scan.triton_fwd import (
+    forward_launches as scan_forward_launches,
+)
 from tests.kernels._cases import NORM_MODES, norm_inputs
 
 pytestmark = pytest.mark.aot
@@ -56,6 +63,10 @@ MAY_SPILL = {
     ("gated_linear_attention_bwd_kernel", "tf32"): 32,  # one direction
     # of 40 channels, ptxas at 96 or 128 registers; other tiles move it to other targets: LOG.md
     ("linear_recurrence_bwd_kernel", "any width"): 32,
+    # ptxas takes all 255 registers to have rows under way early; smaller tiles would write states
+    # to memory more often: LOG.md
+    ("selective_scan_bwd_kernel", "the models' width"): 48,
+    ("selective_scan_bwd_kernel", "any width"): 48,
 }
 # What else a call may bring: keys, the kind of decay, an order, states.
 MODES = {
@@ -143,6 +154,21 @@ def recurrence_launches(M, C, N, dtype, direction, ordered=False, B=2):
     return [x for x in (*forward, *backward) if isinstance(x, Launch)]
 
 
+def scan_launches(E, M, N, dtype, direction, ordered=False, plain=False, B=2):
+    """Those of one forward and one backward pass of the selective scan."""
+    D = 2 if direction == "bidirectional" else 1
+    u, delta = (torch.empty(D, B, N, E, dtype=dtype) for _ in range(2))
+    k, q = torch.empty(D, B, N, 2 * M, dtype=dtype).chunk(2, 3)
+    of_channels = None if plain else torch.empty(D, E)
+    visits = torch.empty(N, dtype=torch.int64) if ordered else None
+    call = ScanCall(
+        u, delta, torch.empty(D, E, M), k, q, of_channels, of_channels, direction, visits
+    )
+    _, forward = scan_forward_launches(call, lambda *_: None)
+    _, backward = scan_backward_launches(call, u, lambda *_: None)
+    return [x for x in (*forward, *backward) if x is not None]
+
+
 def check(target, K, V, N, dot, direction, folder, **shape):
     check_launches(target, launches(K, V, N, dot, direction, **shape), dot, folder)
 
@@ -222,6 +248,28 @@ def test_the_models_linear_recurrence_compiles_for_every_target(target, tmp_path
 )  # fmt: skip
 def test_every_linear_recurrence_compiles(target, width, N, dtype, direction, ordered, tmp_path):
     of_a_call = recurrence_launches(*width, N, dtype, direction, ordered, B=1 if N == 1 else 2)
+    check_launches(target, of_a_call, "any width", tmp_path)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_models_selective_scan_compiles_for_every_target(target, tmp_path):
+    of_a_call = scan_launches(384, 16, 600, torch.bfloat16, "bidirectional")
+    check_launches(target, of_a_call, "the models' width", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "width", "N", "dtype", "direction", "ordered"),
+    list(product(
+        TARGETS, ((1, 1), (40, 5), (384, 16), (256, 64)), (1, 196, 600),
+        (torch.bfloat16, torch.float16, torch.float32), ("backward", "bidirectional"),
+        (False, True),
+    )),
+)  # fmt: skip
+def test_every_selective_scan_compiles(target, width, N, dtype, direction, ordered, tmp_path):
+    of_a_call = scan_launches(
+        *width, N, dtype, direction, ordered, plain=ordered, B=1 if N == 1 else 2
+    )
     check_launches(target, of_a_call, "any width", tmp_path)
 
 

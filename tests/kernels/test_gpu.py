@@ -18,17 +18,23 @@ from metala_vision.kernels.gated_linear_attention import (
     gated_linear_attention_op,
 )
 from metala_vision.kernels.gated_norm import gated_norm
-from tests._numerics import GATES, LENGTHS, bound, relative_rms
+from metala_vision.kernels.linear_recurrence import linear_recurrence
+from metala_vision.kernels.selective_scan import selective_scan
+from tests._numerics import GATES, LENGTHS, bound, normal, relative_rms
 from tests.kernels._cases import (
     MODES,
     NORM_MODES,
     RECURRENCE_MODES,
+    SCAN_MODES,
+    STEP_GATES,
     TAU,
     inputs,
     mode_errors,
     norm_errors,
     norm_inputs,
     recurrence_errors,
+    scan_errors,
+    scan_inputs,
     truth,
 )
 
@@ -87,6 +93,67 @@ def test_every_mode(mode, gates, N, dtype):
     measured = mode_errors(N, gates, device="cuda", working_dtype=dtype, B=2, **MODES[mode])
     for name, error in measured.items():
         assert error <= bound(dtype, "gate" if name == "log_decay" else name), (name, error)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("N", LENGTHS)
+@pytest.mark.parametrize("gates", STEP_GATES)
+@pytest.mark.parametrize("mode", SCAN_MODES)
+def test_the_selective_scan(mode, gates, N, dtype):
+    measured = scan_errors(
+        N, gates, device="cuda", working_dtype=dtype, E=70, M=16, **SCAN_MODES[mode]
+    )
+    for name, error in measured.items():
+        assert error <= bound(dtype, "gate" if name == "delta" else name), (name, error)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("E", "M"), [(1, 1), (33, 5), (384, 16), (64, 64)])
+def test_every_width_of_the_selective_scan(E, M, dtype):
+    measured = scan_errors(300, device="cuda", working_dtype=dtype, E=E, M=M)
+    for name, error in measured.items():
+        assert error <= bound(dtype, "gate" if name == "delta" else name), (name, error)
+
+
+RECURRENCES = {
+    "linear_recurrence": (
+        linear_recurrence,
+        lambda: {
+            "b": normal(2, 3, 600, 2, 70, seed=0).cuda().bfloat16(),
+            "log_decay": -normal(3, 600, 70, seed=1).abs().float().cuda(),
+        },
+    ),
+    "selective_scan": (
+        selective_scan,
+        lambda: scan_inputs(600, B=3, E=70, M=16, device="cuda", dtype=torch.bfloat16),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECURRENCES)
+def test_a_recurrence_eager_compiled_in_a_cuda_graph_and_every_time(name):
+    operator, make = RECURRENCES[name]
+    given = make()
+    leaves = {name: x.detach().requires_grad_() for name, x in given.items()}
+    y = operator(**leaves)
+    first = torch.autograd.grad(y, list(leaves.values()), torch.ones_like(y))
+    for _ in range(5):
+        y = operator(**leaves)
+        again = torch.autograd.grad(y, list(leaves.values()), torch.ones_like(y))
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    compiled = torch.compile(lambda x: operator(**x), fullgraph=True)(leaves)
+    assert relative_rms(compiled.detach(), y.detach()) <= bound(torch.bfloat16, "y")
+    found = torch.autograd.grad(compiled, list(leaves.values()), torch.ones_like(y))
+    for ours, eager in zip(found, first, strict=True):
+        assert relative_rms(ours, eager) <= bound(torch.bfloat16, "gate")
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        operator(**given)  # compiles
+        with torch.cuda.graph(graph):
+            captured = operator(**given)
+    captured.zero_()
+    graph.replay()
+    assert torch.equal(captured, y.detach())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

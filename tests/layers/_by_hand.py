@@ -11,7 +11,7 @@ def silu(x):
     return x * sigmoid(x)
 
 
-def convolve(x, weight, conv, direction):
+def convolve(x, weight, conv, direction, bias=0.0):
     """The short convolution of one image [Gh, Gw, C], index by index."""
     Gh, Gw, C = x.shape
     out = np.zeros_like(x)
@@ -25,7 +25,7 @@ def convolve(x, weight, conv, direction):
                         rr, cc = r + i - 1, c + j - 1
                         if 0 <= rr < Gh and 0 <= cc < Gw:
                             out[r, c] += weight[:, 0, i, j] * x[rr, cc]
-        return silu(out)
+        return silu(out + bias)
     tokens, N = x.reshape(-1, C), Gh * Gw
     out = out.reshape(-1, C)
     for t in range(N):
@@ -34,7 +34,7 @@ def convolve(x, weight, conv, direction):
             s = t + back if direction == "backward" else t - back
             if 0 <= s < N:
                 out[t] += weight[:, 0, i] * tokens[s]
-    return silu(out).reshape(Gh, Gw, C)
+    return silu(out + bias).reshape(Gh, Gw, C)
 
 
 def turn(x, r, c):
@@ -275,3 +275,37 @@ def lru(x, p, H, conv, direction, visits):
         w = p["out_proj.weight"][:, 2 * i * C : 2 * (i + 1) * C]
         y = y + (h @ (w[:, :C] + 1j * w[:, C:]).conj().T).real
     return y.reshape(Gh, Gw, C)
+
+
+def mamba(x, p, H, conv, direction, visits, average=True):
+    """Mamba, arXiv 2312.00752, algorithm 2, as in Vim, arXiv 2401.09417, for one image."""
+    Gh, Gw, C = x.shape
+    N = Gh * Gw
+    E = p["out_proj.weight"].shape[1]
+    u_in, z = np.split(x.reshape(N, C) @ p["in_proj.weight"].T, 2, axis=1)
+    ways = steps(N, direction)
+    own = sum(name.endswith("A_log") for name in p)
+    y = np.zeros((N, E))
+    for i, way in enumerate(ways):
+        w = {
+            name.split(".", 2)[2]: value
+            for name, value in p.items()
+            if name.startswith(f"ways.{i if own > 1 else 0}.")
+        }
+        side = ["forward", "backward"][i] if own > 1 else direction
+        bias = w.get("conv.conv.bias", 0)
+        u = convolve(u_in.reshape(Gh, Gw, E), w.get("conv.conv.weight"), conv, side, bias)
+        u = u.reshape(N, E)
+        A = -np.exp(w["A_log"])
+        R, M = w["dt_weight"].shape[1], A.shape[1]
+        r, k, q = np.split(u @ w["x_proj.weight"].T, [R, R + M], axis=1)
+        step = np.log1p(np.exp(r @ w["dt_weight"].T + w["dt_bias"]))
+        for c in range(E):
+            h = np.zeros(M)
+            for at in way:
+                t = visits[c * len(visits) // E][at]
+                h = np.exp(step[t, c] * A[c]) * h + step[t, c] * k[t] * u[t, c]
+                y[t, c] += q[t] @ h + w["skip"][c] * u[t, c]
+    if average:
+        y = y / len(ways)
+    return (y * silu(z) @ p["out_proj.weight"].T).reshape(Gh, Gw, C)

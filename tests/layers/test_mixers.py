@@ -4,6 +4,7 @@ import copy
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -16,6 +17,7 @@ from metala_vision.layers import (
     LinearAttentionMixer,
     LowerBounds,
     LRUMixer,
+    MambaMixer,
     RetNetMixer,
     scan_order,
 )
@@ -33,8 +35,10 @@ MIXERS = {
     HGRNMixer: _by_hand.hgrn,
     LinearAttentionMixer: _by_hand.linear_attention,
     LRUMixer: _by_hand.lru,
+    MambaMixer: _by_hand.mamba,
     RetNetMixer: _by_hand.retnet,
 }
+WITH_QUERIES = [m for m in MIXERS if m not in (HGRNMixer, LRUMixer, MambaMixer)]
 # float64, sums of some dozen terms; 1 - f by subtraction loses up to 1e-14 of a key near 0
 EXACT = 1e-11
 
@@ -91,6 +95,9 @@ OPTIONS = [
         {"gammas": [np.exp(-(2.0 ** (-8 * h / H)) * (1 - 1 / 2 + 1e-5)) for h in (1, 2)]},
     ),
     (LinearAttentionMixer, {"feature_map": "relu"}, {"kind": "relu"}),
+    (MambaMixer, {"average": False}, {"average": False}),
+    (MambaMixer, {"shared_parameters": True}, {}),
+    (MambaMixer, {"expand": 1, "d_state": 5, "dt_rank": 3}, {}),
 ]
 
 
@@ -108,7 +115,7 @@ def test_every_option_is_its_equation(mixer_cls, options, by_hand):
 
     ours = mixer(x)[0].detach()
     assert relative_rms(ours, equations(**by_hand)) <= EXACT
-    if "ratio" not in by_hand and by_hand != {"shared_decay": False}:
+    if by_hand and "ratio" not in by_hand and by_hand != {"shared_decay": False}:
         assert relative_rms(ours, equations()) > 1e-3  # without the option: something else
 
 
@@ -138,7 +145,9 @@ def test_the_written_out_equations_notice_a_wrong_parameter(mixer_cls):
 
 
 @pytest.mark.parametrize("direction", ["forward", "bidirectional"])
-@pytest.mark.parametrize("mixer_cls", [m for m in MIXERS if m not in (HGRNMixer, LRUMixer)])
+@pytest.mark.parametrize(
+    "mixer_cls", [m for m in MIXERS if m not in (HGRNMixer, LRUMixer, MambaMixer)]
+)
 def test_rope_turns_queries_and_keys_by_row_and_column(mixer_cls, direction):
     mixer, weights = made(mixer_cls, rope=True, direction=direction)
     x = normal(1, 3, 4, C, seed=50)
@@ -245,6 +254,10 @@ def test_published_decays():
         (LRUMixer, {"rope": True}, "pos_embed='rope2d' turns queries; LRU has none"),
         (LRUMixer, {"r_min": 1.0}, "0 <= r_min < r_max <= 1 is needed, got 1.0 and 1.0"),
         (LRUMixer, {"max_phase": 0}, "max_phase must be > 0, got 0"),
+        (MambaMixer, {"rope": True}, "pos_embed='rope2d' turns queries; Mamba has none"),
+        (MambaMixer, {"d_state": 65}, "d_state must be at most 64, got 65"),
+        (MambaMixer, {"expand": 1.5}, "expand must be a whole number >= 1, got 1.5"),
+        (MambaMixer, {"dt_rank": 0}, "dt_rank must be a whole number >= 1, got 0"),
         (RetNetMixer, {"dim": 14}, "rotary='scan' needs an even key width, got 7"),
         (RetNetMixer, {"decay": "fast"}, "decay='fast' is unknown; accepted: retnet, transnormer"),
         (RetNetMixer, {"rotary": "2d"}, "rotary='2d' is unknown; accepted: scan, none"),
@@ -293,3 +306,28 @@ def test_an_lru_starts_on_its_ring_in_any_type(dtype):
         # uniform in area on the ring
         share = (radius**2 - 0.9**2) / (0.9999**2 - 0.9**2)
         assert abs(share.mean() - 0.5) < 0.05 and mixer.theta.exp().max() < 2 * np.pi
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_mamba_starts_as_published_in_both_directions(dtype):
+    mixer = MambaMixer(192, dtype=dtype)
+    for way in mixer.ways:
+        step = torch.nn.functional.softplus(way.dt_bias.detach().double())
+        assert step.min() > 0.9e-3 and step.max() < 0.11
+        # log-uniform: as many steps below the geometric mean of the ends as above it
+        assert abs((step < 1e-2).double().mean() - 0.5) < 0.1
+        assert torch.equal(way.A_log[0], torch.arange(1, 17).log().to(dtype))
+        assert way.dt_weight.abs().max() <= 12**-0.5 and (way.skip == 1).all()
+    timm_model = timm.create_model("mamba_nano", depth=1)
+    bias = timm_model.blocks[0].mixer.ways[1].dt_bias
+    assert bias.max() < -2, "the backbone's start has put biases to 0"
+
+
+def test_a_block_without_a_channel_mixer():
+    model = timm.create_model("mamba_nano", depth=2, mlp_ratio=0)
+    assert not any("mlp" in name or "norm2" in name for name in model.state_dict())
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
+    with pytest.raises(ValueError, match="mlp_ratio=0.001 leaves no hidden width of 128 channels"):
+        timm.create_model("mamba_nano", mlp_ratio=0.001)
+    with pytest.raises(ValueError, match="expand=5, d_state=16 and dt_rank=None leave the channel"):
+        timm.create_model("mamba_nano", expand=5)

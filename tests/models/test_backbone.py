@@ -54,6 +54,10 @@ PARAMETERS = {
     "lru_tiny": 6_130_984,
     "lru_small": 23_762_536,
     "lru_base": 93_530_344,
+    "mamba_nano": 1_910_120,
+    "mamba_tiny": 6_211_624,
+    "mamba_small": 23_923_816,
+    "mamba_base": 93_852_904,
     "retnet_nano": 1_870_184,
     "retnet_tiny": 6_121_768,
     "retnet_small": 23_744_104,
@@ -101,7 +105,7 @@ def test_the_channel_mixer_pays_for_a_further_projection(options):
 @pytest.mark.parametrize("name", NANO)
 @pytest.mark.parametrize("pos_embed", ["none", "sincos2d", "rope2d"])
 def test_position_information_is_for_any_grid_and_not_in_the_checkpoint(name, pos_embed):
-    if name.startswith(("hgrn_", "lru_")) and pos_embed == "rope2d":
+    if name.startswith(("hgrn_", "lru_", "mamba_")) and pos_embed == "rope2d":
         with pytest.raises(ValueError, match=r"pos_embed='rope2d' turns queries; .* has none"):
             small(name, pos_embed=pos_embed)
         return
@@ -268,6 +272,7 @@ def test_weight_decay_and_layer_groups_name_real_parameters(name):
     of_a_mixer = {
         "metala": ("w_aug",), "hgrn": ("theta",),
         "lru": ("nu", "theta", "log_gain", "in_proj.weight"),
+        "mamba": tuple(f"ways.{i}.{name}" for i in (0, 1) for name in ("A_log", "skip")),
     }.get(name.removesuffix("_nano"), ())  # fmt: skip
     own = {f"blocks.{i}.mixer.{parameter}" for i in range(2) for parameter in of_a_mixer}
     own |= {"lower_bounds.weight"} if name.startswith("hgrn") else set()

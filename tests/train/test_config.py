@@ -9,6 +9,7 @@ import yaml
 from metala_vision.cli import parse_config
 from metala_vision.config import SECTIONS, Config, load_config, shipped_configs
 from metala_vision.errors import UserError
+from metala_vision.layers import TokenConv
 
 
 def test_no_key_stands_in_two_sections():
@@ -35,7 +36,7 @@ def test_shipped_configurations():
 
 
 MIXERS = {
-    "metala", "attention", "gla", "hgrn", "hgrn2", "retnet", "linear_attention", "lru",
+    "metala", "attention", "gla", "hgrn", "hgrn2", "retnet", "linear_attention", "lru", "mamba",
 }  # fmt: skip
 
 
@@ -56,7 +57,8 @@ def test_matched_configurations_differ_in_the_model_alone():
         assert config.model == other
         kwargs = config.model.model_kwargs
         mixer = timm.create_model(name, device="meta", **kwargs).blocks[0].mixer
-        assert (mixer.conv.kind, mixer.direction) == ("depthwise2d", "bidirectional")
+        kinds = {x.kind for x in mixer.modules() if isinstance(x, TokenConv)}
+        assert (kinds, mixer.direction) == ({"depthwise2d"}, "bidirectional")
 
 
 def test_published_language_models_are_causal_without_a_convolution():
@@ -73,7 +75,9 @@ def test_every_shipped_configuration_builds_its_model(name):
     built = timm.create_model(model.model, device="meta", **kwargs)
     assert 1e6 < sum(p.numel() for p in built.parameters()) < 30e6
     if name.startswith(("matched/", "published/")):
-        assert abs(sum(p.numel() for p in built.parameters()) / 6_125_224 - 1) <= 0.07
+        # Vim's own 7M
+        size = 7_000_000 if name == "published/vim_tiny" else 6_125_224
+        assert abs(sum(p.numel() for p in built.parameters()) / size - 1) <= 0.07
 
 
 def test_a_flag_overrides_the_file(tmp_path):

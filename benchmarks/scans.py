@@ -1,0 +1,157 @@
+"""The elementwise recurrences on this GPU: linear_recurrence (HGRN, LRU), selective_scan (Mamba).
+
+    python benchmarks/scans.py [--out FILE.json] [--lengths N ...]
+
+ours     the operator, both directions, as a layer of a tiny model calls it
+chunked  the portable form of the same
+fla      flash-linear-attention's HGRN operator, real and imaginary part side by side, twice, over
+         flipped copies (`pip install metala-vision[bench]`; left out where it is missing)
+
+Forward, and forward with backward: medians in milliseconds. floor: the least bytes (each input read
+once, each output written once) over the bandwidth of a copy on this device. exp: exponentials of
+the forward pass, all of which a selective scan needs. Without a GPU the portable forms run on the
+CPU at small sizes, to show that it works.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+
+import torch
+from gpu_timing import (
+    DEVICE,
+    DTYPE,
+    GPU,
+    bandwidth,
+    commit,
+    milliseconds,
+    peak_mebibytes,
+    versions,
+)  # fmt: skip
+from torch import Tensor
+
+from metala_vision.kernels.linear_recurrence import linear_recurrence
+from metala_vision.kernels.selective_scan import selective_scan
+
+C, E, M = 192, 384, 16  # of tiny models
+SHAPES = (
+    [(196, 128), (1024, 32), (4096, 8), (16384, 2)] if GPU else [(64, 2), (196, 2)]
+)  # tokens, batch
+Form = Callable[[], Tensor]
+
+
+def hgrn(N: int, B: int, backward: bool) -> tuple[dict[str, Form], list[Tensor], int, int]:
+    """Forms, tensors that want gradients, bytes, exponentials."""
+    b = torch.randn(2, B, N, 2, C, device=DEVICE, dtype=DTYPE, requires_grad=backward)
+    log_decay = -torch.rand(B, N, C, device=DEVICE).requires_grad_(backward)
+    forms: dict[str, Form] = {
+        impl: lambda impl=impl: linear_recurrence(b, log_decay, impl=impl)
+        for impl in ("triton", "chunked")
+        if GPU or impl == "chunked"
+    }
+    try:
+        from fla.ops.hgrn import chunk_hgrn
+    except ImportError:
+        chunk_hgrn = None
+    if chunk_hgrn is not None and GPU:
+
+        def twice() -> Tensor:
+            g = log_decay.to(DTYPE).repeat(1, 1, 2)
+            there, _ = chunk_hgrn(b[0].flatten(2), g)
+            back, _ = chunk_hgrn(b[1].flatten(2).flip(1), g.flip(1))
+            return torch.stack([there, back.flip(1)]).view_as(b)
+
+        forms["fla"] = twice
+    states, decays = b.nbytes, log_decay.nbytes
+    least = 2 * states + decays
+    if backward:  # incoming gradient and states read, both gradients written
+        least += 3 * states + 2 * decays
+    return forms, [b, log_decay], least, B * N * C
+
+
+def mamba(N: int, B: int, backward: bool) -> tuple[dict[str, Form], list[Tensor], int, int]:
+    """The same for Vim's block."""
+
+    def made(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
+        return torch.randn(2, *shape, device=DEVICE, dtype=dtype)
+
+    inputs = {
+        "u": made(B, N, E), "delta": made(B, N, E) - 4, "A": -made(E, M, dtype=torch.float32).abs(),
+        "k": made(B, N, M), "q": made(B, N, M), "skip": made(E, dtype=torch.float32),
+        "delta_bias": made(E, dtype=torch.float32),
+    }  # fmt: skip
+    for x in inputs.values():
+        x.requires_grad_(backward)
+    forms: dict[str, Form] = {
+        impl: lambda impl=impl: selective_scan(**inputs, impl=impl)
+        for impl in ("triton", "chunked")
+        if GPU or impl == "chunked"
+    }
+    read = sum(x.nbytes for x in inputs.values())
+    out = inputs["u"].nbytes // 2
+    least = read + out + (out + 2 * read if backward else 0)
+    return forms, list(inputs.values()), least, 2 * B * N * E * M
+
+
+def rows(N: int, B: int, bytes_per_second: float) -> list[dict]:
+    found = []
+    for name, operator in (("linear_recurrence", hgrn), ("selective_scan", mamba)):
+        for backward in (False, True):
+            forms, leaves, least, exponentials = operator(N, B, backward)
+            for form, call in forms.items():
+
+                def step(call=call, leaves=leaves) -> object:
+                    y = call()
+                    return torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+                timed = step if backward else call
+                row = {
+                    "operator": name, "form": form.replace("triton", "ours"), "N": N, "B": B,
+                    "backward": backward, "exp": exponentials, "bytes": least,
+                    "floor_ms": 1e3 * least / bytes_per_second,
+                }  # fmt: skip
+                try:
+                    found.append(
+                        row | {"peak_mib": peak_mebibytes(timed), "ms": milliseconds(timed)}
+                    )
+                except torch.OutOfMemoryError:
+                    found.append(row | {"peak_mib": None, "ms": None})
+    return found
+
+
+def show(result: dict) -> None:
+    print(f"{result['device']}, {result['versions']}, commit {result['commit']}")
+    print(f"{'operator':18}{'':14}{'N':>6}{'B':>5} {'form':8}{'ms':>10}{'floor ms':>10}"
+          f"{'x floor':>9}{'exp/ns':>8}{'MiB':>8}")  # fmt: skip
+    for r in result["rows"]:
+        what = "with backward" if r["backward"] else "forward"
+        print(f"{r['operator']:18}{what:14}{r['N']:6}{r['B']:5} {r['form']:8}", end="")
+        if r["ms"] is None:
+            print("  out of memory")
+            continue
+        peak = "-" if r["peak_mib"] is None else f"{r['peak_mib']:.0f}"
+        print(f"{r['ms']:10.3f}{r['floor_ms']:10.4f}{r['ms'] / r['floor_ms']:9.1f}"
+              f"{1e-6 * r['exp'] / r['ms']:8.2f}{peak:>8}")  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", help="also write the rows as JSON")
+    parser.add_argument("--lengths", type=int, nargs="+", metavar="N", help="only these")
+    arguments = parser.parse_args()
+    bytes_per_second = bandwidth()
+    shapes = [s for s in SHAPES if not arguments.lengths or s[0] in arguments.lengths]
+    result = {
+        "device": torch.cuda.get_device_name() if GPU else "CPU (no kernels here)",
+        "dtype": str(DTYPE).removeprefix("torch."), "versions": versions(), "commit": commit(),
+        "bandwidth": bytes_per_second,
+        "rows": [row for N, B in shapes for row in rows(N, B, bytes_per_second)],
+    }  # fmt: skip
+    if arguments.out:
+        with open(arguments.out, "w", encoding="utf-8") as file:
+            json.dump(result, file, indent=2)
+    show(result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""The selective scan as one node of a compiled graph: the kernels on a GPU, the portable form on a
+CPU. Inlined, its steps would be most of a graph. Exports inline it: they have to run without this
+package.
+
+Letters as in api.py.
+"""
+
+import torch
+from torch import Tensor
+
+from metala_vision.kernels._fused import runs_on, why_not
+from metala_vision.kernels.selective_scan import fused
+from metala_vision.kernels.selective_scan.eager import Rows, portable
+
+
+def _takes_kernels(u: Tensor) -> bool:
+    if u.device.type == "cpu":  # the interpreter is for tests, and asked for by name
+        return False
+    return runs_on(u.device) and not why_not(u)
+
+
+@torch.library.custom_op("metala_vision::selective_scan", mutates_args=())
+def node(
+    u: Tensor, delta: Tensor, A: Tensor, k: Tensor, q: Tensor, skip: Tensor | None,
+    delta_bias: Tensor | None, direction: str, order: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """[D, B, N, E] in u's dtype, contiguous."""
+    inputs = (u, delta, A, k, q, skip, delta_bias)
+    if _takes_kernels(u):
+        return fused.forward(inputs, direction, order)
+    return portable(*inputs, direction, order).to(u.dtype)
+
+
+@node.register_fake
+def _(u, delta, A, k, q, skip, delta_bias, direction, order):
+    return torch.empty(u.shape, dtype=u.dtype, device=u.device)
+
+
+@torch.library.custom_op("metala_vision::selective_scan_backward", mutates_args=())
+def node_backward(
+    d_y: Tensor, u: Tensor, delta: Tensor, A: Tensor, k: Tensor, q: Tensor, skip: Tensor | None,
+    delta_bias: Tensor | None, direction: str, order: Tensor | None,
+) -> list[Tensor]:  # fmt: skip
+    """Of the seven, in their order; those that are None are left out."""
+    inputs = (u, delta, A, k, q, skip, delta_bias)
+    if _takes_kernels(u):
+        found = fused.backward(d_y, inputs, direction, order)
+    else:
+        found = Rows(*inputs, direction, order, d_y).gradients(inputs)
+    return [x.contiguous() for x in found if x is not None]
+
+
+@node_backward.register_fake
+def _(d_y, u, delta, A, k, q, skip, delta_bias, direction, order):
+    given = [x for x in (u, delta, A, k, q, skip, delta_bias) if x is not None]
+    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in given]
+
+
+def _save(ctx, inputs, output) -> None:
+    *given, ctx.direction, order = inputs
+    ctx.save_for_backward(*given, order)
+
+
+def _backward(ctx, d_y):
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "a compiled selective_scan has no second derivatives; leave it uncompiled"
+        )
+    *given, order = ctx.saved_tensors
+    found = iter(torch.ops.metala_vision.selective_scan_backward(d_y, *given, ctx.direction, order))
+    return *(None if x is None else next(found) for x in given), None, None
+
+
+node.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,113 @@
+"""The selective scan's kernels in Triton's interpreter, on the CPU: `make test-kernels`."""
+
+import pytest
+import torch
+
+from metala_vision.kernels._fused import interpreted
+from metala_vision.kernels.selective_scan import selective_scan
+from tests._numerics import SAME, bound, relative_rms
+from tests.kernels._cases import SCAN_MODES, STEP_GATES, scan_errors, scan_inputs
+
+if not interpreted():
+    pytest.skip("needs TRITON_INTERPRET=1: make test-kernels", allow_module_level=True)
+
+from metala_vision.kernels.selective_scan import triton_fwd
+
+pytestmark = [
+    pytest.mark.interpreter,
+    # Triton's interpreter on `range` of a kernel's number.
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
+]
+RULE = bound(torch.float32, "y")
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Memory that nothing has written yet is NaN."""
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        make = getattr(owner, name)
+
+        def filled(*args, _make=make, **options):
+            x = _make(*args, **options)
+            return x.fill_(float("nan")) if x.is_floating_point() and len(x) else x
+
+        monkeypatch.setattr(owner, name, filled)
+
+
+@pytest.mark.parametrize("gates", STEP_GATES)
+@pytest.mark.parametrize("N", [1, 4, 9])
+def test_every_gate_set_meets_the_rule(N, gates):
+    measured = scan_errors(N, gates, B=1, direction="forward")
+    assert max(measured.values()) <= RULE, measured
+
+
+@pytest.mark.parametrize("mode", SCAN_MODES)
+def test_every_mode_meets_the_rule_in_one_segment_and_in_several(mode, monkeypatch):
+    measured = scan_errors(7, B=1, **SCAN_MODES[mode])
+    assert max(measured.values()) <= RULE, measured
+    monkeypatch.setattr(triton_fwd, "TILES_OF_A_SEGMENT", 1)
+    measured = scan_errors(10, B=1, **SCAN_MODES[mode])
+    assert max(measured.values()) <= RULE, measured
+
+
+@pytest.mark.parametrize(("E", "M"), [(1, 1), (33, 16), (9, 64)])
+def test_every_width_meets_the_rule(E, M):
+    measured = scan_errors(6, B=2, E=E, M=M)
+    assert max(measured.values()) <= RULE, measured
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gates", STEP_GATES)
+@pytest.mark.parametrize("N", [17, 64, 515])
+@pytest.mark.parametrize("mode", SCAN_MODES)
+def test_everything_meets_the_rule(mode, N, gates):
+    measured = scan_errors(N, gates, B=1, E=3, **SCAN_MODES[mode])
+    assert max(measured.values()) <= RULE, measured
+
+
+def leaves(N=9):
+    return {name: x.requires_grad_() for name, x in scan_inputs(N, B=1).items()}
+
+
+def test_by_name_only_on_a_cpu_and_every_run_gives_the_same_bits():
+    inputs = leaves()
+    assert "Selective" in _makers(selective_scan(**inputs))
+    y = selective_scan(**inputs, impl="triton")
+    assert "Fused" in _makers(y)
+    gradients = torch.autograd.grad(y.sum(), list(inputs.values()))  # of an expanded one
+    portable = torch.autograd.grad(selective_scan(**inputs).sum(), list(inputs.values()))
+    for x, z in zip(gradients, portable, strict=True):
+        assert relative_rms(x, z) <= SAME
+    again = selective_scan(**inputs, impl="triton")
+    assert torch.equal(y, again)
+    for x, z in zip(
+        gradients, torch.autograd.grad(again.sum(), list(inputs.values())), strict=True
+    ):
+        assert torch.equal(x, z)
+
+
+def _makers(y):
+    """Names of the functions behind a sum over directions."""
+    return " ".join(type(f).__name__ for f, _ in y.grad_fn.next_functions)
+
+
+def test_second_and_many_gradients_are_the_portable_forms():
+    results = []
+    for impl in ("triton", "chunked"):
+        inputs = leaves(5)
+        # one input made of another
+        y = selective_scan(**{**inputs, "k": inputs["q"].tanh()}, impl=impl)
+        given = [inputs[name] for name in ("u", "delta", "A", "q")]
+        first = torch.autograd.grad(y.square().sum(), given, create_graph=True)
+        second = torch.autograd.grad(sum(x.square().sum() for x in first), given, retain_graph=True)
+        several = torch.stack([torch.ones_like(y), -torch.ones_like(y)])
+        (many,) = torch.autograd.grad(y, given[0], several, is_grads_batched=True)
+        results.append([*(x.detach() for x in first), *second, many])
+    for ours, other in zip(*results, strict=True):
+        assert relative_rms(ours, other) <= 10 * SAME
+
+
+def test_what_the_kernels_do_not_take_is_named():
+    inputs = {name: x.detach().double() for name, x in leaves().items()}
+    with pytest.raises(ValueError, match="impl='triton' does not take float64; accepted: auto"):
+        selective_scan(**inputs, impl="triton")
