@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# A process a core, each with one thread: the tensors are small.
+PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: quickstart test test-kernels test-export test-timm test-slow test-gpu check bench clean
 
@@ -10,11 +12,11 @@ quickstart: $(READY)  ## train on scikit-learn's digits: curve, checkpoint, top-
 	$(BIN)/python train_imagenet.py --config quickstart
 
 test: $(READY)  ## the fast tests
-	$(BIN)/python -m pytest -m "not slow and not export and not gpu and not interpreter and not aot"
+	$(PARALLEL) -m "not slow and not export and not gpu and not interpreter and not aot"
 
 test-kernels: $(READY)  ## the Triton kernels without a GPU: interpreted, and compiled for GPUs
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -m "interpreter and not slow"
-	$(BIN)/python -m pytest tests/kernels -m "aot and not slow"
+	TRITON_INTERPRET=1 $(PARALLEL) tests/kernels -m "interpreter and not slow"
+	$(PARALLEL) tests/kernels -m "aot and not slow"
 
 test-export: $(READY)  ## the smallest model through AOTInductor and ONNX
 	$(BIN)/python -m pytest -m "export and not slow"
@@ -23,8 +25,8 @@ test-timm: $(READY)  ## timm's own model tests over our models; FILTER names few
 	$(BIN)/python -m tests.timm_suite $(if $(FILTER),'$(FILTER)')
 
 test-slow: $(READY)  ## all tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu and not interpreter"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -m interpreter
+	$(PARALLEL) -m "not gpu and not interpreter"
+	TRITON_INTERPRET=1 $(PARALLEL) tests/kernels -m interpreter
 
 test-gpu: $(READY)  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

@@ -48,12 +48,15 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
     return torch.randn(*shape, generator=_generator(seed), dtype=torch.float64).to(dtype)
 
 
-def relative_rms(actual: Tensor, truth: Tensor) -> float:
-    """RMS of the difference over RMS of the truth; 0 where both are 0, inf where not finite."""
+def relative_rms(actual: Tensor, truth: Tensor, least: float = 1e-300) -> float:
+    """RMS of the difference over RMS of the truth; 0 where both are 0, inf where not finite.
+
+    A truth with a smaller norm than `least` counts as one of that norm.
+    """
     difference = actual.double() - truth.double()
     if not torch.isfinite(difference).all():
         return float("inf")
-    return (difference.norm() / truth.double().norm().clamp_min(1e-300)).item()
+    return (difference.norm() / truth.double().norm().clamp_min(least)).item()
 
 
 def bound(dtype: torch.dtype, name: str) -> float:

@@ -327,7 +327,9 @@ def test_a_block_without_a_channel_mixer():
     model = timm.create_model("mamba_nano", depth=2, mlp_ratio=0)
     assert not any("mlp" in name or "norm2" in name for name in model.state_dict())
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
-    with pytest.raises(ValueError, match="mlp_ratio=0.001 leaves no hidden width of 128 channels"):
+    with pytest.raises(
+        ValueError, match=r"mlp_ratio=0\.001 leaves no hidden width of 128 channels"
+    ):
         timm.create_model("mamba_nano", mlp_ratio=0.001)
     with pytest.raises(ValueError, match="expand=5, d_state=16 and dt_rank=None leave the channel"):
         timm.create_model("mamba_nano", expand=5)
