@@ -91,6 +91,12 @@ def run(launches: Iterable[Any], device: torch.device) -> None:
             launch.run()
 
 
+def with_rows(x: Tensor) -> Tensor:
+    """x, copied if its last dimension is not contiguous, as kernels read it: behind a convolution
+    channels may lie anywhere."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
 def many_or_second(*incoming: Tensor | None) -> bool:
     """Whether a backward pass wants gradients of its own (create_graph), or many at once
     (is_grads_batched, functorch): the kernels have neither."""

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metala_vision.kernels._fused import many_or_second, portable_gradients, run
+from metala_vision.kernels._fused import many_or_second, portable_gradients, run, with_rows
 from metala_vision.kernels.linear_recurrence.chunked import chunked, scan
 
 
@@ -28,6 +28,7 @@ def forward(b: Tensor, log_decay: Tensor, direction: str, order: Tensor | None) 
     from metala_vision.kernels.linear_recurrence.triton_scan import forward_launches
 
     order = None if order is None else order.contiguous()
+    b, log_decay = with_rows(b), with_rows(log_decay)
     h, launches = forward_launches(b, log_decay, direction, order, Edges)
     run(launches, b.device)
     return h
@@ -40,8 +41,7 @@ def backward(
     from metala_vision.kernels.linear_recurrence.triton_scan import backward_launches
 
     order = None if order is None else order.contiguous()
-    if d_h.stride(4) != 1 and d_h.shape[4] > 1:  # a sum's gradient, for one
-        d_h = d_h.contiguous()
+    d_h, log_decay = with_rows(d_h), with_rows(log_decay)  # a sum's gradient is expanded
     d_b, d_log, launches = backward_launches(d_h, h, log_decay, direction, order, Edges)
     run(launches, h.device)
     d_log = d_log.sum(0).to(log_decay.dtype)

@@ -1,7 +1,7 @@
 """The selective scan in chunks: the portable fast form, in plain scriptable PyTorch.
 
-B batch, N tokens, E channels, M states of a channel, D directions, L tokens in a chunk, NC chunks,
-R = B NC rows: chunks of all samples. A state is [M, E], channels last.
+B batch, N tokens, E channels, M states of a channel, C either of the two, D directions, L tokens in
+a chunk, NC chunks, R = B NC rows: chunks of all samples. A state is [M, E], channels last.
 
 L steps, each for all chunks at once, carry only the states of one token a chunk: they find what a
 chunk adds to a state of 0. What enters the chunks is a recurrence over chunks, by doubling. L more

@@ -1,7 +1,7 @@
 """The selective scan in chunks for eager PyTorch: as chunked.py, in place, with its gradient.
 
-B batch, N tokens, E channels, M states of a channel, D directions, L tokens in a chunk, R rows:
-chunks of all samples.
+B batch, N tokens, E channels, M states of a channel, C either of the two, D directions, L tokens in
+a chunk, R rows: chunks of all samples.
 
 A new tensor costs a CPU as much as the operation that fills it, and exp three times exp2.
 """

@@ -5,9 +5,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metala_vision.kernels._fused import many_or_second, portable_gradients, run
+from metala_vision.kernels._fused import many_or_second, portable_gradients, run, with_rows
 from metala_vision.kernels.linear_recurrence.chunked import scan
 from metala_vision.kernels.selective_scan.chunked import chunked
+
+
+def out_type(u: Tensor) -> torch.dtype:
+    """Of y by direction: two are summed in float32 at least, and rounded then."""
+    return u.dtype if u.shape[0] == 1 else torch.promote_types(u.dtype, torch.float32)
 
 
 class Edges(NamedTuple):
@@ -42,14 +47,16 @@ def _call(inputs: tuple[Any, ...], direction: str, order: Tensor | None) -> Any:
     u, delta, A, k, q, skip, bias = inputs
     wide = [None if x is None else x.to(torch.float32).contiguous() for x in (A, skip, bias)]
     order = None if order is None else order.contiguous()
+    u, delta, k, q = (with_rows(x) for x in (u, delta, k, q))
     return Call(u, delta, wide[0], k, q, wide[1], wide[2], direction, order)
 
 
 def forward(inputs: tuple[Any, ...], direction: str, order: Tensor | None) -> Tensor:
-    """y [D, B, N, E] in u's dtype, without autograd. inputs: the seven tensors of a call."""
+    """y [D, B, N, E] in out_type(u), without autograd. inputs: the seven tensors of a call."""
     from metala_vision.kernels.selective_scan.triton_fwd import forward_launches
 
-    y, launches = forward_launches(_call(inputs, direction, order), Edges)
+    call = _call(inputs, direction, order)
+    y, launches = forward_launches(call, out_type(call.u), Edges)
     run(launches, y.device)
     return y
 
@@ -60,8 +67,7 @@ def backward(
     """Gradients of the seven, each in its own dtype."""
     from metala_vision.kernels.selective_scan.triton_bwd import backward_launches
 
-    if d_y.stride(3) != 1 and d_y.shape[3] > 1:  # a sum's gradient, for one
-        d_y = d_y.contiguous()
+    d_y = with_rows(d_y)  # a sum's gradient is expanded
     made, launches = backward_launches(_call(inputs, direction, order), d_y, Edges)
     run(launches, d_y.device)
     found = (

@@ -24,16 +24,16 @@ def node(
     u: Tensor, delta: Tensor, A: Tensor, k: Tensor, q: Tensor, skip: Tensor | None,
     delta_bias: Tensor | None, direction: str, order: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """[D, B, N, E] in u's dtype, contiguous."""
+    """[D, B, N, E] in out_type(u), contiguous."""
     inputs = (u, delta, A, k, q, skip, delta_bias)
     if _takes_kernels(u):
         return fused.forward(inputs, direction, order)
-    return portable(*inputs, direction, order).to(u.dtype)
+    return portable(*inputs, direction, order).to(fused.out_type(u)).contiguous()
 
 
 @node.register_fake
 def _(u, delta, A, k, q, skip, delta_bias, direction, order):
-    return torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    return torch.empty(u.shape, dtype=fused.out_type(u), device=u.device)
 
 
 @torch.library.custom_op("metala_vision::selective_scan_backward", mutates_args=())

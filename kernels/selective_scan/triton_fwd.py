@@ -53,7 +53,7 @@ class Call(NamedTuple):
             "M": M, "BM": BM, "BE": min(32, STATES_OF_A_TILE // BM), "L": STEPS,
             "FIRST": int(self.direction == "backward"), "ORDER": self.order is not None,
             "SKIP": self.skip is not None, "BIAS": self.bias is not None,
-            "DOT": "ieee" if self.delta.dtype == torch.float32 else "bf16",
+            "DOT": "bf16" if self.u.itemsize == self.delta.itemsize == 2 else "ieee",
         }  # fmt: skip
 
     def scratch(self, *middle: int, states: bool = True) -> Tensor:
@@ -198,8 +198,8 @@ def entering_launches(call: Call, edges: Any) -> tuple[Tensor | None, list[Any]]
     ]
 
 
-def forward_launches(call: Call, edges: Any) -> tuple[Tensor, list[Any]]:
-    """y [D, B, N, E] in u's dtype, not yet written, and what writes it, one after the other."""
-    y = torch.empty(call.u.shape, dtype=call.u.dtype, device=call.u.device)
+def forward_launches(call: Call, dtype: torch.dtype, edges: Any) -> tuple[Tensor, list[Any]]:
+    """y [D, B, N, E] in dtype, not yet written, and what writes it, one after the other."""
+    y = torch.empty(call.u.shape, dtype=dtype, device=call.u.device)
     entering, launches = entering_launches(call, edges)
     return y, [*launches, forward_launch(call, y, "y", entering)]

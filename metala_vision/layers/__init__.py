@@ -9,7 +9,7 @@ from .hgrn2 import HGRN2Mixer
 from .linear_attention import LinearAttentionMixer
 from .lower_bound import LowerBounds
 from .lru import LRUMixer
-from .mamba import MambaMixer
+from .mamba import MambaMixer, check_mamba
 from .metala import MetaLAMixer
 from .mixer import TokenMixer
 from .pos_embed import SinCos2d, check_pos_embed
@@ -33,6 +33,7 @@ __all__ = [
     "SinCos2d",
     "TokenConv",
     "TokenMixer",
+    "check_mamba",
     "check_pos_embed",
     "check_scans",
     "inverse",

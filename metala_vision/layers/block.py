@@ -1,5 +1,6 @@
 """The residual block that every family shares."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,8 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
         self.mixer = mixer_layer(dim, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        if not 0 <= mlp_ratio < math.inf:
+            raise ValueError(f"mlp_ratio must be a number >= 0, got {mlp_ratio}")
         hidden = round(mlp_ratio * dim)
         self.norm2 = self.mlp = self.drop_path2 = None
         if mlp_ratio != 0:

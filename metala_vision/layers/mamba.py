@@ -2,7 +2,7 @@
 
 B batch, Gh x Gw the token grid, N = Gh * Gw tokens in raster order, C width, E = expand C channels
 of the recurrence, M states of a channel, R width between the two projections of the step size,
-D directions.
+D directions, G groups of channels with a scan order each.
 """
 
 import math
@@ -29,8 +29,11 @@ def scan_tokens(
     u: Tensor, delta: Tensor, A_log: Tensor, k: Tensor, q: Tensor, skip: Tensor, dt_bias: Tensor,
     direction: str, order: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """`selective_scan_op` with A = -exp(A_log), along order [N], or [G, N] for G groups of
-    channels."""
+    """`selective_scan_op` with A = -exp(A_log), along order [N] or, by group, [G, N].
+
+    u, delta [B, N, E], A_log [E, M], k, q [B, N, M], skip, dt_bias [E], or [2, ...] by direction
+    -> y [B, N, E].
+    """
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     A = -torch.exp(A_log.to(dtype))
     if order is None or order.dim() == 1:
@@ -47,6 +50,16 @@ def scan_tokens(
             )
         )  # fmt: skip
     return torch.cat(groups, 2)
+
+
+def check_mamba(expand: int, d_state: int, dt_rank: int | None) -> None:
+    """A ValueError that names the value which is no whole number >= 1, or too large."""
+    given = {"expand": expand, "d_state": d_state, "dt_rank": 1 if dt_rank is None else dt_rank}
+    for name, value in given.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+    if d_state > MAX_STATES:
+        raise ValueError(f"d_state must be at most {MAX_STATES}, got {d_state}")
 
 
 class SelectiveInput(nn.Module):
@@ -151,12 +164,8 @@ class MambaMixer(TokenMixer):
         super().__init__(dim, num_heads, conv, direction, scans, own_conv=True, **dd)
         if rope:
             raise ValueError("pos_embed='rope2d' turns queries; Mamba has none: none or sincos2d")
+        check_mamba(expand, d_state, dt_rank)
         dt_rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
-        for name, value in (("expand", expand), ("d_state", d_state), ("dt_rank", dt_rank)):
-            if value != int(value) or value < 1:
-                raise ValueError(f"{name} must be a whole number >= 1, got {value}")
-        if d_state > MAX_STATES:
-            raise ValueError(f"d_state must be at most {MAX_STATES}, got {d_state}")
         both = direction == "bidirectional"
         self.width = expand * dim
         self.scale = 0.5 if both and average else 1.0

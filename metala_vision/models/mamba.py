@@ -9,7 +9,7 @@ from functools import partial
 
 from timm.models import generate_default_cfgs, register_model
 
-from metala_vision.layers import MambaMixer
+from metala_vision.layers import MambaMixer, check_mamba
 
 from .backbone import Backbone
 from .family import BASE, NANO, SMALL, TINY, build, four_sizes
@@ -43,6 +43,7 @@ class Mamba(Backbone):
         embed_dim: int = 192,
         **kwargs,
     ) -> None:
+        check_mamba(expand, d_state, dt_rank)
         mixer = partial(
             MambaMixer,
             num_heads=num_heads,

@@ -164,7 +164,7 @@ def scan_launches(E, M, N, dtype, direction, ordered=False, plain=False, B=2):
     call = ScanCall(
         u, delta, torch.empty(D, E, M), k, q, of_channels, of_channels, direction, visits
     )
-    _, forward = scan_forward_launches(call, lambda *_: None)
+    _, forward = scan_forward_launches(call, torch.float32, lambda *_: None)
     _, backward = scan_backward_launches(call, u, lambda *_: None)
     return [x for x in (*forward, *backward) if x is not None]
 

@@ -20,6 +20,8 @@ from metala_vision.kernels.gated_linear_attention import (
 from metala_vision.kernels.gated_norm import gated_norm
 from metala_vision.kernels.linear_recurrence import linear_recurrence
 from metala_vision.kernels.selective_scan import selective_scan
+from metala_vision.layers import MambaMixer
+from metala_vision.layers.conv import CONVS
 from tests._numerics import GATES, LENGTHS, bound, normal, relative_rms
 from tests.kernels._cases import (
     MODES,
@@ -113,6 +115,18 @@ def test_every_width_of_the_selective_scan(E, M, dtype):
     measured = scan_errors(300, device="cuda", working_dtype=dtype, E=E, M=M)
     for name, error in measured.items():
         assert error <= bound(dtype, "gate" if name == "delta" else name), (name, error)
+
+
+@pytest.mark.parametrize("options", [{"direction": "forward"}, {"shared_parameters": True}, {}])
+@pytest.mark.parametrize("conv", CONVS)
+def test_a_mamba_mixer_agrees_with_the_cpu(conv, options, monkeypatch):
+    """Whatever layout a convolution gives its result."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    for cudnn in (True, False):
+        mixer, x = MambaMixer(64, conv=conv, **options), torch.randn(2, 7, 9, 64)
+        expected = mixer(x)
+        with torch.backends.cudnn.flags(enabled=cudnn, allow_tf32=False):
+            assert relative_rms(mixer.cuda()(x.cuda()).detach().cpu(), expected.detach()) <= 1e-4
 
 
 RECURRENCES = {

@@ -11,7 +11,11 @@ from tests.kernels._cases import SCAN_MODES, STEP_GATES, scan_errors, scan_input
 if not interpreted():
     pytest.skip("needs TRITON_INTERPRET=1: make test-kernels", allow_module_level=True)
 
-from metala_vision.kernels.selective_scan import triton_fwd
+from metala_vision.kernels.selective_scan import api, triton_fwd
+from metala_vision.kernels.selective_scan.eager import portable
+from metala_vision.kernels.selective_scan.fused import Fused
+from metala_vision.layers import MambaMixer
+from metala_vision.layers.conv import CONVS
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -105,6 +109,41 @@ def test_second_and_many_gradients_are_the_portable_forms():
         results.append([*(x.detach() for x in first), *second, many])
     for ours, other in zip(*results, strict=True):
         assert relative_rms(ours, other) <= 10 * SAME
+
+
+def test_channels_may_lie_anywhere_for_a_layer():
+    """Behind a convolution over tokens they are the dimension that changes slowest."""
+    inputs = {name: x.detach() for name, x in leaves().items()}
+    for name in ("u", "delta", "k", "q"):
+        inputs[name] = inputs[name].transpose(1, 2).contiguous().transpose(1, 2)
+        assert inputs[name].stride(2) != 1
+    inputs = {name: x.requires_grad_() for name, x in inputs.items()}
+    of_one = {n: x[None] for n, x in inputs.items()}
+    y = Fused.apply(*of_one.values(), "forward", None)
+    expected = portable(*of_one.values(), "forward", None)
+    assert relative_rms(y.detach(), expected.detach()) <= SAME
+    for x, z in zip(
+        torch.autograd.grad(y.square().sum(), list(inputs.values())),
+        torch.autograd.grad(expected.square().sum(), list(inputs.values())), strict=True,
+    ):  # fmt: skip
+        assert relative_rms(x, z) <= 10 * SAME
+
+
+@pytest.mark.parametrize("options", [{"direction": "forward"}, {"shared_parameters": True}, {}])
+@pytest.mark.parametrize("conv", CONVS)
+def test_a_mixer_through_the_kernels_is_the_mixer(conv, options, monkeypatch):
+    torch.manual_seed(0)
+    mixer, x = MambaMixer(16, conv=conv, d_state=4, **options), torch.randn(2, 2, 3, 16)
+    expected = mixer(x)
+    monkeypatch.setattr(api, "_run", lambda *call: Fused.apply(*call[:9]))
+    assert relative_rms(mixer(x).detach(), expected.detach()) <= 10 * SAME
+
+
+def test_a_step_given_in_float64_is_taken_in_float32():
+    inputs = {name: x.detach() for name, x in leaves().items()}
+    inputs["delta"] = inputs["delta"].double()
+    y, expected = (selective_scan(**inputs, impl=impl) for impl in ("triton", "reference"))
+    assert relative_rms(y, expected) <= SAME
 
 
 def test_what_the_kernels_do_not_take_is_named():

@@ -257,6 +257,8 @@ def test_published_decays():
         (MambaMixer, {"rope": True}, "pos_embed='rope2d' turns queries; Mamba has none"),
         (MambaMixer, {"d_state": 65}, "d_state must be at most 64, got 65"),
         (MambaMixer, {"expand": 1.5}, "expand must be a whole number >= 1, got 1.5"),
+        (MambaMixer, {"d_state": 16.0}, r"d_state must be a whole number >= 1, got 16\.0"),
+        (MambaMixer, {"expand": "2"}, "expand must be a whole number >= 1, got '2'"),
         (MambaMixer, {"dt_rank": 0}, "dt_rank must be a whole number >= 1, got 0"),
         (RetNetMixer, {"dim": 14}, "rotary='scan' needs an even key width, got 7"),
         (RetNetMixer, {"decay": "fast"}, "decay='fast' is unknown; accepted: retnet, transnormer"),
@@ -331,5 +333,9 @@ def test_a_block_without_a_channel_mixer():
         ValueError, match=r"mlp_ratio=0\.001 leaves no hidden width of 128 channels"
     ):
         timm.create_model("mamba_nano", mlp_ratio=0.001)
+    with pytest.raises(ValueError, match="mlp_ratio must be a number >= 0, got nan"):
+        timm.create_model("mamba_nano", mlp_ratio=float("nan"))
+    with pytest.raises(ValueError, match="expand must be a whole number >= 1, got '2'"):
+        timm.create_model("mamba_nano", expand="2")
     with pytest.raises(ValueError, match="expand=5, d_state=16 and dt_rank=None leave the channel"):
         timm.create_model("mamba_nano", expand=5)
