@@ -2,7 +2,7 @@
 
 Two minutes on a CPU:   python train_imagenet.py --config quickstart
 ImageNet, one GPU:      python train_imagenet.py --config imagenet1k/metala_tiny --data-dir DIR
-                            --batch-size 256   (the recipe's 2048 wants several GPUs' memory)
+                            --batch-size 256 --grad-accum-steps 4   (a batch of 1024)
 Any folder of images:   python train_imagenet.py --data-dir DIR --model metala_tiny --epochs 90
 
 DIR holds train/ and val/ with one folder per class. `--help` lists every key of a configuration;

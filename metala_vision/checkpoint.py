@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from timm.models import save_for_hf
+from safetensors.torch import save_file
+from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from .errors import UserError, one_line
@@ -38,12 +39,14 @@ def save_checkpoint(
     shutil.rmtree(fresh, ignore_errors=True)
     try:
         fresh.mkdir(parents=True)
-        save_for_hf(
+        # timm's save_for_hf takes no weights with their channels last in memory.
+        weights = {name: x.contiguous() for name, x in model.state_dict().items()}
+        save_file(weights, fresh / MODEL_FILE, metadata={"format": "pt"})
+        save_config_for_hf(
             model,
-            str(fresh),
+            str(fresh / "config.json"),
             model_config={"label_names": label_names},
             data_config=preprocessing,
-            safe_serialization=True,
         )
         torch.save(state, fresh / STATE_FILE)
         _replace(fresh, folder)

@@ -128,7 +128,7 @@ def parse_config(argv: list[str], prog: str) -> tuple[Config, str]:
             group.add_argument(
                 flag,
                 dest=dest,
-                metavar="KEY=VALUE" if key == "model_kwargs" else "VALUE",
+                metavar="KEY=VALUE" if key.endswith("_kwargs") else "VALUE",
                 nargs="+" if many else "?" if field.annotation is bool else None,
                 const="true" if field.annotation is bool else None,
                 default=argparse.SUPPRESS,
@@ -155,15 +155,16 @@ def _takes_many(annotation: Any) -> bool:
 def _value(key: str, text: str | list[str]) -> Any:
     """What was typed: as it stands, for the schema to convert; "null" is None.
 
-    The values of --model-kwargs have no schema and are read as YAML.
+    The values of --model-kwargs and its like have no schema and are read as YAML.
     """
-    if key == "model_kwargs":
+    if key.endswith("_kwargs"):
+        flag = f"--{key.replace('_', '-')}"
         pairs = [item.partition("=") for item in text]
         for name, equals, _ in pairs:
             if not equals:
-                raise UserError(f"--model-kwargs takes key=value, got {name!r}")
+                raise UserError(f"{flag} takes key=value, got {name!r}")
         try:
             return {name: yaml.safe_load(value) for name, _, value in pairs}
         except (ValueError, yaml.YAMLError) as error:
-            raise UserError(f"--model-kwargs: {one_line(error)}") from error
+            raise UserError(f"{flag}: {one_line(error)}") from error
     return None if text in ("null", ["null"]) else text

@@ -95,6 +95,10 @@ class ModelConfig(Section):
     """Stochastic depth at the last block; null is the model's own."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    channels_last: bool = False
+    """Keep images with their channels last in memory: faster for convolutions on many devices."""
+    torchcompile: Literal["no", "model", "blocks"] = "no"
+    """Compile the whole model, or each block."""
     model_kwargs: dict[str, Any] = {}
     """Further arguments of the model, as key=value."""
 
@@ -128,6 +132,24 @@ class DataConfig(Section):
     """Probability of random erasing."""
     interpolation: Literal["bilinear", "bicubic", "random"] = "bicubic"
     """Of the training crop; evaluation takes the model's own."""
+    aug_repeats: PositiveInt = 1
+    """Repeated augmentation: samples of each image that an epoch draws."""
+    mixup: NonNegativeFloat = 0.0
+    """alpha of mixup; 0 does not mix."""
+    cutmix: NonNegativeFloat = 0.0
+    """alpha of CutMix; 0 does not mix."""
+    cutmix_minmax: Range | None = None
+    """Range of CutMix's side instead of alpha."""
+    mixup_prob: Probability = 1.0
+    """Probability of mixing a batch, pair or image."""
+    mixup_switch_prob: Probability = 0.5
+    """Probability of CutMix where both are on."""
+    mixup_mode: Literal["batch", "pair", "elem"] = "batch"
+    """One draw for each batch, pair or image."""
+    mixup_off_epoch: NonNegativeInt | None = None
+    """Mix no images from this epoch on, counted from 0."""
+    max_unreadable: Rate = 0.001
+    """Share of images that may be unreadable; they are reported, and replaced in training."""
     crop_pct: CropShare | None = None
     """Centre crop of the evaluation; null is the model's own."""
     mean: tuple[float, ...] | None = None
@@ -149,12 +171,44 @@ class OptimConfig(Section):
     """Batch that lr_base belongs to."""
     betas: tuple[Rate, Rate] = (0.9, 0.98)
     """Momenta, for optimizers that have two."""
+    opt_kwargs: dict[str, Any] = {}
+    """Further arguments of the optimizer, as key=value."""
     weight_decay: NonNegativeFloat = 0.05
     """Not on biases, norms and what the model excludes."""
+    layer_decay: CropShare | None = None
+    """Factor of the learning rate from a layer to the one before it; null is 1."""
     clip_grad: PositiveFloat | None = None
     """Largest gradient norm; null does not clip."""
+    grad_accum_steps: PositiveInt = 1
+    """Batches of an optimizer step."""
     smoothing: Rate = 0.0
     """Label smoothing."""
+    bce_loss: bool = False
+    """A binary cross entropy for each class."""
+    bce_target_thresh: Rate | None = None
+    """For bce_loss: labels above it count as 1, others as 0."""
+    model_ema: bool = False
+    """Average the weights over the steps; evaluated and saved instead of the last ones."""
+    model_ema_decay: Rate = 0.9999
+    """Share of the average that a step keeps."""
+    model_ema_warmup: bool = True
+    """Begin with a shorter average."""
+    distill_teacher: str | None = None
+    """A timm model, or local-dir:FOLDER, whose answers are learned too."""
+    distill_kwargs: dict[str, Any] = {}
+    """Further arguments of the teacher, as key=value."""
+    distill_type: Literal["soft", "hard"] = "soft"
+    """Learn the teacher's distribution, or its first choice."""
+    distill_share: Probability = 0.5
+    """Of the teacher's part in the loss."""
+    distill_temperature: PositiveFloat = 1.0
+    """Of both distributions, soft."""
+    sched: Literal["cosine", "tanh", "poly", "step"] = "cosine"
+    """timm's schedule behind the warm-up."""
+    decay_epochs: PositiveFloat = 90
+    """For sched step: epochs between two decays."""
+    decay_rate: CropShare = 0.1
+    """For sched step: factor of a decay."""
     epochs: PositiveInt = 300
     """Length of the run and of the cosine."""
     max_steps: PositiveInt | None = None

@@ -4,7 +4,7 @@ timm builds the transforms; here is what decides which images are whose.
 """
 
 import os
-import random
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +21,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from .config import DataConfig, ModelConfig
-from .errors import UserError, one_line
+from .errors import UnreadableImage, UserError, one_line
+from .sampling import AUGMENTATION, REPLACEMENT, EpochBatches, Key, seeded, stream
 
 DATA_VARIABLE = "METALA_VISION_DATA"
 VAL_NAMES = ("val", "validation")
 SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test")
+REPLACEMENTS = 20  # tries for one that can
 _ENDINGS = f"endings read: {' '.join(IMG_EXTENSIONS)}"
 
 
@@ -36,7 +38,11 @@ class Source(Protocol):
     targets: list[int]
 
     def image(self, index: int) -> Image.Image:
-        """The decoded image; raises UserError naming it where that fails."""
+        """The decoded image; raises UnreadableImage naming it where that fails."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What a report calls the image."""
         ...
 
 
@@ -72,11 +78,16 @@ class FolderSource:
     def image(self, index: int) -> Image.Image:
         path, _ = self.samples[index]
         try:
-            with Image.open(path) as image:
-                image.load()
-                return image
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"cannot read image {path}: {one_line(error)}") from error
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of fields that do not matter, image after image
+                with Image.open(path) as image:
+                    image.load()
+                    return image
+        except Exception as error:  # a damaged file makes a decoder raise anything
+            raise UnreadableImage(f"cannot read image {path}: {one_line(error)}") from error
+
+    def name(self, index: int) -> str:
+        return str(self.samples[index][0])
 
 
 class DigitsSource:
@@ -91,32 +102,124 @@ class DigitsSource:
     def image(self, index: int) -> Image.Image:
         return Image.fromarray(self.images[index])
 
+    def name(self, index: int) -> str:
+        return f"digit {index}"
+
 
 class ImageData(Dataset):
-    """(transformed image, label) pairs of some of a source's images."""
+    """Some of a source's images, in order: (transformed image, label).
+
+    One that cannot be read is zeros, and its label -1 - position.
+
+    Args:
+        source: of the images. indices: those taken.
+        mode: "RGB" or "L". transform: of an image to [C, height, width].
+        size: (C, height, width).
+    """
 
     def __init__(
-        self, source: Source, indices: Sequence[int], mode: str, transform: Callable
-    ) -> None:
+        self, source: Source, indices: Sequence[int], mode: str, transform: Callable,
+        size: tuple[int, int, int],
+    ) -> None:  # fmt: skip
         self.source = source
         self.indices = indices
         self.mode = mode
         self.transform = transform
+        self.size = size
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: int) -> tuple[Tensor, int]:
+    def sample(self, position: int) -> tuple[Tensor, int]:
+        """Raises UnreadableImage."""
         index = self.indices[position]
         image = convert(self.source.image(index), self.mode)
         return self.transform(image), self.source.targets[index]
 
+    def __getitem__(self, position: int) -> tuple[Tensor, int]:
+        try:
+            return self.sample(position)
+        except UnreadableImage:
+            return torch.zeros(self.size), -1 - position
+
+
+class TrainingData(ImageData):
+    """The same, indexed by Key and augmented from (seed, epoch, place): (image, label, unreadable).
+
+    An image that cannot be read is replaced by one drawn from the same numbers, and its position is
+    the third number; otherwise that is -1.
+
+    Args:
+        seed: of the run; the others as ImageData.
+    """
+
+    def __init__(self, *of_data: Any, seed: int) -> None:
+        super().__init__(*of_data)
+        self.seed = seed
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, int, int]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        where = (key.epoch, key.place)
+        others = iter(())
+        position = unreadable = key.index
+        for _ in range(REPLACEMENTS):
+            try:
+                with seeded(stream(self.seed, AUGMENTATION, *where)):
+                    image, target = self.sample(position)
+                return image, target, -1 if position == key.index else unreadable
+            except UnreadableImage as error:
+                if position == key.index:
+                    draws = np.random.Generator(
+                        np.random.PCG64(stream(self.seed, REPLACEMENT, *where))
+                    )
+                    others = iter(draws.integers(len(self), size=REPLACEMENTS).tolist())
+                position, last = next(others), error
+        raise UserError(f"{REPLACEMENTS} images one after the other: {last.line}")
+
 
 def convert(image: Image.Image, mode: str) -> Image.Image:
     """The image as "RGB" or "L"; 16-bit grey is scaled, where Pillow would cut it off at 255."""
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
     return image.convert(mode)
+
+
+class Unreadable:
+    """Images of one part that could not be read, each reported once, up to the share accepted.
+
+    Args:
+        source, indices: of the part. what: "training" or "held-out".
+        accepted: data.max_unreadable.
+        report: called with the line that names an image.
+    """
+
+    def __init__(
+        self, source: Source, indices: Sequence[int], what: str, accepted: float,
+        report: Callable[[str], object],
+    ) -> None:  # fmt: skip
+        self.source, self.indices, self.what = source, indices, what
+        self.accepted, self.report = accepted, report
+        self.positions: set[int] = set()
+
+    def __call__(self, position: int) -> None:
+        """Raises UserError where it is one too many."""
+        if position in self.positions:
+            return
+        self.positions.add(position)
+        index = self.indices[position]
+        try:
+            self.source.image(index)
+            line = f"{self.source.name(index)} could be read at the second try alone"
+        except UnreadableImage as error:
+            line = error.line
+        self.report(line)
+        count, images = len(self.positions), len(self.indices)
+        if count > self.accepted * images:
+            raise UserError(
+                f"{line}; {count} of {images:,} {self.what} images cannot be read, more than "
+                f"data.max_unreadable={self.accepted}"
+            )
 
 
 @dataclass
@@ -227,12 +330,14 @@ def _hold_out(root: Path | None, source: Source, fraction: float, seed: int, whe
 
 @dataclass
 class Loaders:
-    """What the training loop draws from. `train` is shuffled, `val` in order and complete.
+    """What the training loop draws from. `train` is shuffled by `batches`, which wants to know the
+    epoch; `val` is in order and complete.
 
     preprocessing: of the evaluation, in timm's words; saved with the weights.
     """
 
     train: DataLoader
+    batches: EpochBatches
     val: DataLoader
     preprocessing: dict[str, Any]
 
@@ -288,32 +393,28 @@ def create_loaders(
         std=std,
     )
     common = {
-        "batch_size": config.batch_size,
         "num_workers": config.workers,
         "pin_memory": torch.cuda.is_available(),
         "persistent_workers": config.workers > 0,
-        "worker_init_fn": _seed_worker,
     }
-    train_data = ImageData(split.train, split.train_indices, mode, train_transform)
+    train_data = TrainingData(
+        split.train, split.train_indices, mode, train_transform, input_size, seed=seed
+    )
+    batches = EpochBatches(len(train_data), config.batch_size, seed, config.aug_repeats)
+    # A generator of its own: to start an iterator would draw from the global one.
     train = DataLoader(
-        train_data,
-        shuffle=True,
-        drop_last=len(train_data) >= config.batch_size,
+        train_data, batch_sampler=batches, generator=torch.Generator().manual_seed(seed), **common
+    )
+    val = DataLoader(
+        ImageData(split.val, split.val_indices, mode, val_transform, input_size),
+        batch_size=config.batch_size,
         generator=torch.Generator().manual_seed(seed),
         **common,
     )
-    val = DataLoader(ImageData(split.val, split.val_indices, mode, val_transform), **common)
     preprocessing = {
         "input_size": input_size,
         "mean": mean,
         "std": std,
         **{key: inputs[key] for key in ("interpolation", "crop_pct", "crop_mode")},
     }
-    return Loaders(train, val, preprocessing)
-
-
-def _seed_worker(worker: int) -> None:
-    """Seed the generators that timm's augmentations draw from; torch seeds its own."""
-    seed = torch.initial_seed() % 2**32
-    random.seed(seed)
-    np.random.seed(seed)
+    return Loaders(train, batches, val, preprocessing)

@@ -1,5 +1,6 @@
 """One epoch of training, one pass of evaluation."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -7,12 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
-from timm.scheduler.cosine_lr import CosineLRScheduler
-from torch import nn
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .errors import UserError
+from .recipe import Mixing, Teacher
 
 
 @dataclass
@@ -28,12 +32,13 @@ class Interval:
 
 @dataclass
 class Evaluation:
-    """Accuracy in percent and mean cross entropy over the held-out images."""
+    """Accuracy in percent and mean cross entropy over the held-out images that can be read."""
 
     top1: float
     top5: float
     loss: float
     images: int
+    unreadable: int = 0
 
 
 @dataclass
@@ -43,49 +48,93 @@ class Training:
     model: nn.Module
     criterion: nn.Module
     optimizer: torch.optim.Optimizer
-    scheduler: CosineLRScheduler
+    scheduler: Scheduler
     accelerator: Accelerator
     last_step: int
     clip_grad: float | None = None
     log_interval: int = 10
+    grad_accum_steps: int = 1
+    mixing: Mixing | None = None
+    teacher: Teacher | None = None
+    ema: ModelEmaV3 | None = None
+    memory_format: torch.memory_format = torch.contiguous_format
     step: int = 0
+
+    def loss(self, batch: Tensor, target: Tensor, epoch: int, place: int) -> Tensor:
+        """Of one batch, the epoch's `place`-th."""
+        batch = batch.to(self.accelerator.device, non_blocking=True)
+        batch = batch.to(memory_format=self.memory_format)
+        target = target.to(self.accelerator.device, non_blocking=True)
+        if self.mixing is not None:
+            batch, target = self.mixing(batch, target, epoch, place)
+        logits = self.model(batch)
+        loss = self.criterion(logits, target)
+        if self.teacher is not None:
+            with self.accelerator.autocast():
+                loss = self.teacher(loss, logits, batch)
+        return loss
+
+
+def steps_of(batches: int, grad_accum_steps: int) -> int:
+    """Optimizer steps of an epoch."""
+    return math.ceil(batches / grad_accum_steps)
 
 
 def train_epoch(
     run: Training,
     loader: DataLoader,
+    epoch: int = 0,
     on_images: Callable[[int], object] = lambda images: None,
     on_interval: Callable[[Interval], object] = lambda interval: None,
+    on_unreadable: Callable[[int], object] = lambda position: None,
 ) -> None:
     """Train until the loader or `run.last_step` ends.
 
+    The loss of a step is the mean over its batches, also of the fewer that the last one may have.
+
     Args:
-        on_images: called after each step with the number of images seen in it.
+        loader: of (images, labels) or (images, labels, positions of images replaced).
+        epoch: counted from 0.
+        on_images: called after each batch with the number of images seen in it.
         on_interval: called every `run.log_interval` steps and at the end.
+        on_unreadable: called with the position of each image that could not be read.
     Raises:
         UserError: where the loss of an interval, or a weight at the end, is not finite.
     """
     model, optimizer, accelerator = run.model, run.optimizer, run.accelerator
     model.train()
-    start = run.step
+    start, batches = run.step, len(loader)
+    steps = steps_of(batches, run.grad_accum_steps)
     loss_sum = torch.zeros((), device=accelerator.device)
     since_step, since_time, images = start, time.perf_counter(), 0
-    for batch, target in loader:
-        run.scheduler.step_update(run.step)
-        optimizer.zero_grad()
-        loss = run.criterion(model(batch), target)
-        accelerator.backward(loss)
+    for place, (batch, target, *unreadable) in enumerate(loader):
+        for positions in unreadable:
+            for position in positions[positions >= 0].tolist():
+                on_unreadable(position)
+        in_window = place % run.grad_accum_steps
+        window = min(run.grad_accum_steps, batches - (place - in_window))
+        if in_window == 0:
+            run.scheduler.step_update(run.step)
+            optimizer.zero_grad()
+        completes = in_window == window - 1
+        with contextlib.nullcontext() if completes else accelerator.no_sync(model):
+            loss = run.loss(batch, target, epoch, place) / window
+            accelerator.backward(loss)
+        loss_sum += loss.detach()
+        images += len(target)
+        on_images(len(target))
+        if not completes:
+            continue
         if run.clip_grad is not None:
             accelerator.clip_grad_norm_(model.parameters(), run.clip_grad)
         optimizer.step()
         run.step += 1
-        images += len(target)
-        on_images(len(target))
-        loss_sum += loss.detach()
-        ends = run.step == run.last_step or run.step - start == len(loader)
+        if run.ema is not None:
+            run.ema.update(accelerator.unwrap_model(model), step=run.step)
+        ends = run.step == run.last_step or run.step - start == steps
         if ends or (run.step - start) % run.log_interval == 0:
             mean_loss = loss_sum.item() / (run.step - since_step)
-            lr = optimizer.param_groups[0]["lr"]
+            lr = max(group["lr"] for group in optimizer.param_groups)
             if not math.isfinite(mean_loss) or (ends and not has_finite_weights(model)):
                 what = (
                     f"loss became {mean_loss}"
@@ -98,7 +147,7 @@ def train_epoch(
                     "may help"
                 )
             rate = images / (time.perf_counter() - since_time)
-            on_interval(Interval(run.step, run.step / len(loader), mean_loss, lr, rate))
+            on_interval(Interval(run.step, run.step / steps, mean_loss, lr, rate))
             loss_sum.zero_()
             since_step, since_time, images = run.step, time.perf_counter(), 0
         if ends:
@@ -111,23 +160,38 @@ def has_finite_weights(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: DataLoader, accelerator: Accelerator) -> Evaluation:
-    """Top-1, top-5 (top-n for n < 5 classes) and loss, each held-out image counted once.
+def evaluate(
+    model: nn.Module,
+    loader: DataLoader,
+    accelerator: Accelerator,
+    on_unreadable: Callable[[int], object] = lambda position: None,
+) -> Evaluation:
+    """Top-1, top-5 (top-n for n < 5 classes) and loss, each held-out image counted once; those that
+    cannot be read (label -1 - position) are left out, named and counted.
 
     Raises:
         UserError: where the loss is not finite.
     """
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums, unreadable = torch.zeros(5, dtype=torch.float64), 0
     for batch, target in loader:
         logits = model(batch).float()
-        loss = nn.functional.cross_entropy(logits, target, reduction="none")
+        read = target >= 0
+        loss = F.cross_entropy(logits, target.clamp_min(0), reduction="none") * read
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = ranked == target[:, None]
-        per_image = torch.stack([hits[:, 0], hits.any(1), loss, torch.ones_like(loss)], 1)
+        per_image = torch.stack(
+            [x.double() for x in (hits[:, 0], hits.any(1), loss, read, target)], 1
+        )
         gathered: Any = accelerator.gather_for_metrics(per_image)
+        for label in gathered[gathered[:, 4] < 0, 4].tolist():
+            on_unreadable(-1 - int(label))
+            unreadable += 1
         sums += gathered.cpu().double().sum(0)
-    top1, top5, loss_sum, images = sums.tolist()
+    top1, top5, loss_sum, images, _ = sums.tolist()
+    if not images:
+        raise UserError(f"none of the {unreadable} images of the evaluation can be read")
     if not math.isfinite(loss_sum):
         raise UserError(f"the loss of the evaluation is {loss_sum}")
-    return Evaluation(100 * top1 / images, 100 * top5 / images, loss_sum / images, int(images))
+    accuracy = [100 * hits / images for hits in (top1, top5)]
+    return Evaluation(accuracy[0], accuracy[1], loss_sum / images, int(images), unreadable)

@@ -20,3 +20,7 @@ class UserError(Exception):
             name = f"{type(self).__module__}.{type(self).__qualname__}: "
             text = text.rpartition(name)[2]
         return one_line(text)
+
+
+class UnreadableImage(UserError):
+    """An image file that cannot be decoded."""

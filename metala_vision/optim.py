@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
-from timm.scheduler.cosine_lr import CosineLRScheduler
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from .config import OptimConfig, nearest
@@ -26,10 +27,16 @@ def create_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> torch.
     info = get_optimizer_info(config.opt)
     if info.has_betas and info.num_betas == 2:
         extra["betas"] = config.betas
+    if config.layer_decay is not None and not hasattr(model, "group_matcher"):
+        raise UserError(
+            f"optim.layer_decay={config.layer_decay}: {type(model).__name__} does not say which "
+            "parameters belong to which layer"
+        )
     try:
         optimizer = create_optimizer_v2(
-            model, opt=config.opt, lr=lr, weight_decay=config.weight_decay, **extra
-        )
+            model, opt=config.opt, lr=lr, weight_decay=config.weight_decay,
+            layer_decay=config.layer_decay, **{**extra, **config.opt_kwargs},
+        )  # fmt: skip
     except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"cannot make optimizer {config.opt!r}: {one_line(error)}") from error
     if getattr(optimizer, "is_second_order", False):
@@ -45,10 +52,11 @@ def run_length(config: OptimConfig, steps_per_epoch: int) -> int:
 
 def create_scheduler(
     optimizer: torch.optim.Optimizer, config: OptimConfig, steps_per_epoch: int
-) -> CosineLRScheduler:
-    """Linear warm-up, then one cosine to min_lr; call step_update(step) before each step.
+) -> Scheduler:
+    """Linear warm-up, then one descent to min_lr; call step_update(step) before each step.
 
-    A run shortened below twice its warm-up warms up for its first half.
+    A run shortened below twice its warm-up warms up for its first half. timm's scheduler, not to be
+    prepared by accelerate: it applies the factors of layer_decay, and counts optimizer steps.
     """
     lr = max(group["lr"] for group in optimizer.param_groups)
     for name in ("min_lr", "warmup_lr"):
@@ -58,12 +66,18 @@ def create_scheduler(
             )
     total = run_length(config, steps_per_epoch)
     warmup = min(math.ceil(config.warmup_epochs * steps_per_epoch), total // 2)
-    return CosineLRScheduler(
+    scheduler, _ = create_scheduler_v2(
         optimizer,
-        t_initial=total - warmup,
-        lr_min=config.min_lr,
-        warmup_t=warmup,
-        warmup_lr_init=config.warmup_lr,
+        config.sched,
+        num_epochs=total - warmup,  # one step is timm's epoch here
+        decay_epochs=max(1, round(config.decay_epochs * steps_per_epoch)),
+        decay_rate=config.decay_rate,
+        min_lr=config.min_lr,
+        warmup_lr=config.warmup_lr,
+        warmup_epochs=warmup,
         warmup_prefix=True,
-        t_in_epochs=False,
+        step_on_epochs=False,
+        updates_per_epoch=1,
     )
+    assert scheduler is not None
+    return scheduler

@@ -12,18 +12,24 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from timm.loss import LabelSmoothingCrossEntropy
 from torch import nn
 from tqdm import tqdm
 
 from . import models  # noqa: F401  (registers ours with timm)
 from .checkpoint import copy_checkpoint, save_checkpoint
 from .config import Config, ModelConfig, RunConfig, nearest
-from .data import create_loaders, find_split
-from .engine import Evaluation, Interval, Training, evaluate, train_epoch
+from .data import Unreadable, create_loaders, find_split
+from .engine import Evaluation, Interval, Training, evaluate, steps_of, train_epoch
 from .errors import UserError, one_line
 from .optim import create_optimizer, create_scheduler, peak_lr, run_length
 from .plots import learning_curve
+from .recipe import (
+    compile_model,
+    create_criterion,
+    create_ema,
+    create_mixing,
+    create_teacher,
+)
 from .run_folder import RunFolder, read_metrics
 
 # Without a progress bar (output to a file), a line is printed this often, in seconds.
@@ -108,20 +114,34 @@ def train(config: Config, name: str = "train") -> TrainResult:
     split = find_split(config.data)
     model = create_model(config.model, split.num_classes)
     loaders = create_loaders(config.data, config.model, model, split, config.run.seed)
-    images_per_step = min(config.data.batch_size, len(split.train_indices))
+    images_per_batch = min(config.data.batch_size, len(split.train_indices))
+    images_per_step = images_per_batch * min(config.optim.grad_accum_steps, len(loaders.train))
     size = loaders.preprocessing["input_size"]
+    num_classes = config.model.num_classes or split.num_classes
+    mixing = create_mixing(
+        config.data, config.optim, num_classes, config.run.seed, images_per_batch
+    )
     config.data.data_dir = split.root.resolve() if split.root else None
-    config.optim.lr = peak_lr(config.optim, config.data.batch_size)
+    config.optim.lr = peak_lr(config.optim, config.data.batch_size * config.optim.grad_accum_steps)
     config.model.img_size = size[-1]
+    teacher = create_teacher(config.optim, config.model, num_classes, loaders.preprocessing)
+    memory_format = torch.channels_last if config.model.channels_last else torch.contiguous_format
+    model.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
     optimizer = create_optimizer(model, config.optim, config.optim.lr)
-    scheduler = create_scheduler(optimizer, config.optim, len(loaders.train))
-    total_steps = run_length(config.optim, len(loaders.train))
-    epochs = math.ceil(total_steps / len(loaders.train))
-    prepared = accelerator.prepare(model, optimizer, loaders.train, loaders.val)
-    model, optimizer, train_loader, val_loader = prepared
+    steps_per_epoch = steps_of(len(loaders.train), config.optim.grad_accum_steps)
+    scheduler = create_scheduler(optimizer, config.optim, steps_per_epoch)
+    total_steps = run_length(config.optim, steps_per_epoch)
+    epochs = math.ceil(total_steps / steps_per_epoch)
+    # The training loader draws what its sampler says, on every process; the scheduler is timm's.
+    model, optimizer, val_loader = accelerator.prepare(model, optimizer, loaders.val)
+    ema = create_ema(accelerator.unwrap_model(model), config.optim)
+    evaluated = model if ema is None else ema.module
+    compile_model(accelerator.unwrap_model(model), config.model)
     training = Training(
-        model, LabelSmoothingCrossEntropy(config.optim.smoothing), optimizer, scheduler,
+        model, create_criterion(config.optim, mixing is not None), optimizer, scheduler,
         accelerator, total_steps, config.optim.clip_grad, config.run.log_interval,
+        config.optim.grad_accum_steps, mixing,
+        None if teacher is None else teacher.to(accelerator.device), ema, memory_format,
     )  # fmt: skip
 
     run = RunFolder(config, name)
@@ -145,6 +165,18 @@ def train(config: Config, name: str = "train") -> TrainResult:
     )  # fmt: skip
     spoken = time.monotonic()
 
+    def on_unreadable(line: str) -> None:
+        run.log("unreadable", image=line)
+        bar.write(line)
+
+    unreadable = [
+        Unreadable(source, indices, what, config.data.max_unreadable, on_unreadable)
+        for source, indices, what in (
+            (split.train, split.train_indices, "training"),
+            (split.val, split.val_indices, "held-out"),
+        )
+    ]
+
     def on_interval(interval: Interval) -> None:
         nonlocal spoken
         run.log("train", **dataclasses.asdict(interval))
@@ -160,7 +192,8 @@ def train(config: Config, name: str = "train") -> TrainResult:
 
     try:
         for epoch in range(1, epochs + 1):
-            train_epoch(training, train_loader, bar.update, on_interval)
+            loaders.batches.set_epoch(epoch - 1)
+            train_epoch(training, loaders.train, epoch - 1, bar.update, on_interval, unreadable[0])
             if epoch % config.run.eval_interval and epoch < epochs:
                 continue
             state = {
@@ -169,13 +202,15 @@ def train(config: Config, name: str = "train") -> TrainResult:
                 "optimizer": optimizer.state_dict(),
                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
             }
+            if ema is not None:  # the folder's model is the average
+                state["model"] = accelerator.unwrap_model(model).state_dict()
             # Before the evaluation, which may fail: an epoch's work is not lost with it.
             save_checkpoint(
-                run.path / "last", accelerator.unwrap_model(model), state,
+                run.path / "last", accelerator.unwrap_model(evaluated), state,
                 loaders.preprocessing, split.train.classes,
             )  # fmt: skip
             saved_step = training.step
-            last = evaluate(model, val_loader, accelerator)
+            last = evaluate(evaluated, val_loader, accelerator, unreadable[1])
             run.log("eval", step=training.step, epoch=epoch, **dataclasses.asdict(last))
             if best is None or last.top1 > best.top1:
                 best, best_epoch = last, epoch

@@ -29,8 +29,8 @@ def test_every_shipped_configuration_builds_and_names_every_section(name):
 
 def test_shipped_configurations():
     names = {
-        "quickstart", "tiny_imagenet/metala_nano", "imagenet1k/metala_tiny",
-        "imagenet1k/metala_small",
+        "quickstart", "tiny_imagenet/metala_nano", "imagenet1k/metala_tiny_paper",
+        "imagenet1k/metala_small_paper",
     }  # fmt: skip
     assert names <= set(shipped_configs())
 
@@ -44,6 +44,21 @@ def test_every_mixer_stands_in_matched_and_in_published():
     shipped = shipped_configs()
     for folder in ("matched", "published"):
         assert {f"{folder}/{mixer}_tiny" for mixer in MIXERS} <= set(shipped)
+
+
+def test_imagenet_configurations_are_one_recipe_and_the_papers():
+    families = ("metala", "deit", "attention", "mamba", "gla", "hgrn", "hgrn2")
+    names = {f"imagenet1k/{family}_{size}" for family in families for size in ("tiny", "small")}
+    shipped = {name for name in shipped_configs() if name.startswith("imagenet1k/")}
+    papers = {f"imagenet1k/metala_{size}_paper" for size in ("tiny", "small")}
+    assert shipped == names | papers
+    one = load_config("matched/metala_tiny")
+    for name in names:
+        config = load_config(name)
+        family = name.split("/")[1].rpartition("_")[0]
+        assert config.model.model.startswith(f"{family}_")
+        assert (config.data, config.optim, config.run) == (one.data, one.optim, one.run), name
+    assert one.data.mixup and one.data.cutmix and one.data.aug_repeats == 3 and one.optim.model_ema
 
 
 def test_matched_configurations_differ_in_the_model_alone():

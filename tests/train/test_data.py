@@ -1,6 +1,8 @@
 """Which images are whose, and what comes out of the loaders."""
 
+import io
 import itertools
+import random
 import shutil
 
 import numpy as np
@@ -17,6 +19,7 @@ from metala_vision.data import (
     find_split,
 )
 from metala_vision.errors import UserError
+from metala_vision.sampling import EpochBatches
 from metala_vision.train import create_model
 
 
@@ -98,7 +101,7 @@ def test_the_recipes_augmentation_runs_on_many_images(name):
     )
     made = loaders(data)
     batches = itertools.islice(made.train, 4)
-    assert all(torch.isfinite(images).all() for images, _ in batches)
+    assert all(torch.isfinite(images).all() for images, *_ in batches)
 
 
 def test_the_digits_are_the_real_ones():
@@ -145,8 +148,8 @@ def test_the_order_follows_the_seed(digit_tree):
 
 def test_workers_and_batch_size_reach_the_loaders(digit_tree):
     made = loaders(DataConfig(data_dir=digit_tree, batch_size=5, workers=2))
-    for loader in (made.train, made.val):
-        assert (loader.num_workers, loader.batch_size) == (2, 5)
+    assert made.train.num_workers == made.val.num_workers == 2
+    assert made.batches.batch_size == made.val.batch_size == 5
 
 
 def test_an_incomplete_last_batch_is_dropped_in_training_only(digit_tree):
@@ -162,11 +165,133 @@ def test_normalisation_of_another_width_is_refused(digit_tree):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_unreadable_image_is_named_in_one_line(own_digit_tree, workers):
-    bad = own_digit_tree / "val" / "digit1" / "13.png"
-    bad.write_bytes(bad.read_bytes()[:60])
+def test_unreadable_images_are_marked_and_in_training_replaced(own_digit_tree, workers):
+    for bad in ("val/digit1/13.png", "train/digit0/02.png"):
+        path = own_digit_tree / bad
+        path.write_bytes(path.read_bytes()[:60])
     made = loaders(DataConfig(data_dir=own_digit_tree, batch_size=4, workers=workers))
-    with pytest.raises(UserError) as error:
-        list(made.val)
-    assert error.value.line.startswith(f"cannot read image {bad}: ")
-    assert "\n" not in error.value.line
+    labels = torch.cat([target for _, target in made.val]).tolist()
+    assert labels[5] == -1 - 5 and sorted(labels)[1:] == [0] * 4 + [1] * 3 + [2] * 4
+    seen = [torch.cat(x) for x in zip(*((t, bad) for _, t, bad in made.train), strict=True)]
+    assert seen[1].tolist().count(2) == 1 and seen[1].tolist().count(-1) == 35
+    assert (seen[0] >= 0).all()  # the replacement has a label of its own
+    again = [target for _, target, _ in made.train]
+    assert torch.equal(torch.cat(again), seen[0])
+
+
+def test_every_image_unreadable_is_an_error(own_digit_tree):
+    for path in own_digit_tree.rglob("train/*/*.png"):
+        path.write_bytes(b"")
+    made = loaders(DataConfig(data_dir=own_digit_tree, batch_size=4, workers=0))
+    with pytest.raises(UserError, match=r"20 images one after the other: cannot read image .*png"):
+        next(iter(made.train))
+
+
+def draws(**options):
+    """Pixels and labels of an epoch on the digits."""
+    epoch = options.pop("epoch", 0)
+    data = DataConfig(
+        **{"dataset": "digits", "batch_size": 100, "workers": 0, "auto_augment": "rand-m9-mstd0.5",
+           "reprob": 0.5, **options}
+    )  # fmt: skip
+    made = loaders(data, ModelConfig(model="metala_nano", img_size=32))
+    made.batches.set_epoch(epoch)
+    images, targets, _ = (torch.cat(x) for x in zip(*itertools.islice(made.train, 3), strict=True))
+    return images, targets
+
+
+def test_pixels_are_a_function_of_seed_epoch_and_place():
+    images, targets = draws()
+    for same in ({"workers": 2}, {"batch_size": 60}):
+        others = draws(**same)
+        n = min(len(images), len(others[0]))
+        assert torch.equal(others[0][:n], images[:n]) and torch.equal(others[1][:n], targets[:n])
+    assert not torch.equal(draws(epoch=1)[1], targets)
+
+
+def test_drawing_leaves_the_generators_of_the_run_alone(digit_tree):
+    made = loaders(DataConfig(data_dir=digit_tree, batch_size=4, workers=0, color_jitter=0.4))
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    list(made.train)
+    assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
+    assert np.array_equal(np.random.get_state()[1], before[2])
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_an_epoch_draws_every_image_once_or_a_third_of_them_three_times(repeats):
+    batches = EpochBatches(100, 10, seed=0, repeats=repeats)
+    keys = [key for batch in batches for key in batch]
+    assert [key.place for key in keys] == list(range(100))
+    counts = np.bincount([key.index for key in keys], minlength=100)
+    assert set(counts[counts > 0]) <= {repeats, 100 % repeats or repeats}
+    assert (counts > 0).sum() == -(-100 // repeats)
+    batches.set_epoch(1)
+    assert [key.index for key in next(iter(batches))] != [key.index for key in keys[:10]]
+
+
+def saved(folder, name, image, **options):
+    path = folder / name
+    image.save(path, **options)
+    return path
+
+
+FORMATS = ("cmyk.jpg", "grey.jpg", "palette.png", "transparent.png", "alpha.png", "sixteen.png",
+           "turned.jpg", "named_png.png", "animated.webp", "bitmap.bmp", "web.webp", "one.tiff",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats_that_imagenet_and_the_web_hold(name, own_digit_tree):
+    """Each stands as the only image of a class and comes out as three channels of numbers."""
+    rgb = Image.fromarray((np.indices((40, 50)).sum(0) % 256).astype(np.uint8)).convert("RGB")
+    folder = own_digit_tree / "train" / "digit0"
+    for path in folder.iterdir():
+        path.unlink()
+    palette = rgb.convert("P")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    {
+        "cmyk.jpg": lambda: saved(folder, name, rgb.convert("CMYK")),
+        "grey.jpg": lambda: saved(folder, name, rgb.convert("L")),
+        "palette.png": lambda: saved(folder, name, palette),
+        "transparent.png": lambda: saved(folder, name, palette, transparency=bytes(range(256))),
+        "alpha.png": lambda: saved(folder, name, rgb.convert("RGBA")),
+        "sixteen.png": lambda: saved(
+            folder, name, Image.fromarray(np.arange(2000, dtype=np.uint16).reshape(40, 50) * 30)
+        ),
+        "turned.jpg": lambda: saved(folder, name, rgb, exif=exif),
+        "named_png.png": lambda: saved(folder, name, rgb, format="JPEG"),
+        "animated.webp": lambda: saved(folder, name, rgb, save_all=True, append_images=[palette]),
+        "bitmap.bmp": lambda: saved(folder, name, rgb),
+        "web.webp": lambda: saved(folder, name, rgb),
+        "one.tiff": lambda: saved(folder, name, rgb.convert("1")),
+    }[name]()
+    made = loaders(DataConfig(data_dir=own_digit_tree, batch_size=25, workers=0))
+    (images, _, unreadable) = next(iter(made.train))
+    assert torch.isfinite(images).all() and images.shape[1] == 3 and (unreadable == -1).all()
+
+
+def test_200_fuzzed_files_never_end_a_run(own_digit_tree):
+    """Bytes changed, cut, repeated and removed: each file is read or counted, nothing else."""
+    rng = np.random.default_rng(0)
+    good = [path.read_bytes() for path in sorted(own_digit_tree.rglob("train/*/*.png"))[:4]]
+    picture = Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8))
+    for ending in ("jpeg", "gif", "tiff", "webp", "bmp"):
+        buffer = io.BytesIO()
+        picture.save(buffer, ending)
+        good.append(buffer.getvalue())
+    folder = own_digit_tree / "train" / "digit1"
+    for i in range(200):
+        data = bytearray(good[i % len(good)])
+        for _ in range(int(rng.integers(1, 5))):
+            data[int(rng.integers(len(data)))] = int(rng.integers(256))
+        start = int(rng.integers(len(data)))
+        data = [data, data, data[:start], data + data, data, data[start:]][i % 6]
+        (folder / f"fuzz{i:03d}.jpg").write_bytes(data)
+        shutil.copy(folder / "00.png", folder / f"good{i:03d}.png")
+    made = loaders(DataConfig(data_dir=own_digit_tree, batch_size=109, workers=0))
+    found = list(made.train)
+    assert sum(len(target) for _, target, _ in found) == 436
+    count = sum(int((bad >= 0).sum()) for _, _, bad in found)
+    assert 30 < count < 150
+    assert all(torch.isfinite(images).all() for images, _, _ in found)

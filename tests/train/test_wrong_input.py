@@ -1,5 +1,6 @@
 """What a hurried user gets wrong: one clear line, a non-zero status, nothing lost."""
 
+import json
 import os
 import resource
 import shutil
@@ -211,6 +212,51 @@ def test_a_last_step_that_breaks_the_weights_is_noticed_before_saving(capsys, di
     )  # fmt: skip
     assert line.startswith("the weights became infinite or nan between steps 1 and 1")
     assert not (run_dir / "last").exists()
+
+
+def test_a_share_of_unreadable_images_is_accepted_and_reported(own_digit_tree, tmp_path):
+    for bad in ("train/digit2/03.png", "val/digit1/13.png"):
+        (own_digit_tree / bad).write_bytes(b"no picture")
+    run_dir = tmp_path / "run"
+    flags = ["--data-dir", str(own_digit_tree), "--run-dir", str(run_dir), *SMALL_MODEL,
+             "--epochs", "2", "--batch-size", "12", "--workers", "0"]  # fmt: skip
+    assert main(["train", *flags, "--max-unreadable", "0.1"]) == 0
+    lines = [json.loads(x) for x in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    named = [x["image"] for x in lines if x["event"] == "unreadable"]
+    assert len(named) == 2 and all(x.startswith("cannot read image ") for x in named)
+    assert {x["unreadable"] for x in lines if x["event"] == "eval"} == {1}
+
+
+RECIPE_MISTAKES = [
+    (
+        ["--mixup", "0.8", "--batch-size", "9"],
+        "mixup and cutmix take batches in pairs, a",
+    ),
+    (
+        ["--distill-teacher", "deit_tinny"],
+        "unknown teacher optim.distill_teacher='deit_tinny'; d",
+    ),
+    (
+        ["--distill-teacher", "metala_nano", "--distill-kwargs", "pretrained=false"],
+        "the teacher metala_nano knows 1000 classes, the student 3",
+    ),
+    (["--distill-teacher", "local-dir:nowhere"], "cannot build the teacher local-dir:nowhere: "),
+    (
+        ["--torchcompile", "blocks", "--model", "resnet10t", "--img-size", "64"],
+        "model.torchcompile='blocks': resnet10t has no blocks; take 'model'",
+    ),
+    (["--opt-kwargs", "momentums=1"], "cannot make optimizer 'adamw': "),
+    (["--opt-kwargs", "eps"], "--opt-kwargs takes key=value, got 'eps'"),
+    (["--sched", "cosign"], "optim.sched='cosign' does not fit: "),
+    (["--layer-decay", "1.5"], "optim.layer_decay='1.5' does not fit: "),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), RECIPE_MISTAKES, ids=lambda x: str(x)[:40])
+def test_a_mistake_in_the_recipe(capsys, digit_tree, tmp_path, flags, message):
+    run_dir = tmp_path / "run"
+    line = run(capsys, "--data-dir", digit_tree, "--run-dir", run_dir, *flags)
+    assert line.startswith(message) and not run_dir.exists()
 
 
 def test_an_unreadable_held_out_image_does_not_cost_the_epoch(capsys, own_digit_tree, tmp_path):

@@ -1,0 +1,90 @@
+"""Which image a step sees and how it is augmented: functions of (seed, epoch, place), no state.
+
+A place is a sample's position in the order of an epoch. Whatever process, worker or resumed run
+draws a sample, it gets the same pixels.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+# What a stream of random numbers is for: no two share one.
+ORDER, AUGMENTATION, MIXING, REPLACEMENT = range(4)
+
+
+class Key(NamedTuple):
+    """One sample of an epoch; what a training dataset is indexed by."""
+
+    epoch: int
+    place: int
+    index: int  # of the dataset
+
+
+def stream(seed: int, purpose: int, *where: int) -> np.random.SeedSequence:
+    """The random numbers of one purpose at one place."""
+    return np.random.SeedSequence((seed, purpose, *where))
+
+
+@contextmanager
+def seeded(sequence: np.random.SeedSequence) -> Iterator[None]:
+    """random, numpy and torch draw from `sequence` inside, and go on as before behind.
+
+    timm's augmentations and mixing draw from all three.
+    """
+    words = sequence.generate_state(3, np.uint64)
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(int(words[0]))
+    np.random.seed(words[1:2].view(np.uint32))
+    # manual_seed would seed every GPU too.
+    torch.default_generator.manual_seed(int(words[2] >> np.uint64(1)))
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+class EpochBatches(Sampler[list[Key]]):
+    """Shuffled batches of an epoch, a function of (seed, epoch).
+
+    With `repeats` above 1 every image that an epoch draws comes so many times, each time augmented
+    anew, one behind the other, and an epoch draws as many samples as without: repeated
+    augmentation (arXiv 1902.05509; as DeiT, arXiv 2012.12877, takes it).
+
+    Args:
+        num_images: in the dataset.
+        batch_size: images of a batch; an incomplete last one is dropped, unless it is the only one.
+        seed: of the run.
+        repeats: samples of an image.
+    """
+
+    def __init__(self, num_images: int, batch_size: int, seed: int, repeats: int = 1) -> None:
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.repeats = repeats
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Of the next iteration."""
+        self.epoch = epoch
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Indices of an epoch's samples, by place."""
+        generator = np.random.Generator(np.random.PCG64(stream(self.seed, ORDER, epoch)))
+        return generator.permutation(self.num_images).repeat(self.repeats)[: self.num_images]
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        epoch, order = self.epoch, self.order(self.epoch)
+        for i in range(len(self)):
+            places = range(i * self.batch_size, min((i + 1) * self.batch_size, len(order)))
+            yield [Key(epoch, place, int(order[place])) for place in places]
+
+    def __len__(self) -> int:
+        return max(1, self.num_images // self.batch_size)
