@@ -1,6 +1,9 @@
 """The command line: `metala-vision COMMAND`, and `python train_imagenet.py` for its `train`."""
 
 import argparse
+import dataclasses
+import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -15,6 +18,7 @@ from .errors import UserError, one_line
 PICTURES = (".png", ".pdf", ".svg")
 COMMANDS = {
     "train": "train a model on a folder of images",
+    "eval": "evaluate a checkpoint on a folder of images",
     "visualize": "draw the scan orders",
 }
 
@@ -42,7 +46,9 @@ def main(argv: list[str] | None = None, prog: str = "metala-vision", command: st
             parser.add_argument("command", choices=COMMANDS, help=listed)
             command = parser.parse_args(arguments[:1]).command
             arguments = arguments[1:]
-        run = {"train": train_command, "visualize": visualize_command}[command]
+        run = {"train": train_command, "eval": eval_command, "visualize": visualize_command}[
+            command
+        ]
         return run(arguments, f"{prog} {command}")
     except UserError as error:
         print(f"{prog}: error: {error.line}", file=sys.stderr)
@@ -73,6 +79,45 @@ def train_command(argv: list[str], prog: str) -> int:
         f"top-1 {result.last.top1:.2f} % on {result.last.images:,} held-out images "
         f"(best {result.best.top1:.2f} % after epoch {result.best_epoch:g})"
     )
+    return 0
+
+
+def eval_command(argv: list[str], prog: str) -> int:
+    """Evaluate; the last line printed is the top-1."""
+    parser = _Parser(
+        prog, description="Evaluate a checkpoint, each image once.", formatter_class=_Formatter
+    )
+    parser.add_argument("checkpoint", help="folder that a run left, or a timm model's name")
+    parser.add_argument("--data-dir", type=Path, help="holds val/, or class folders itself; "
+                        "default $METALA_VISION_DATA")  # fmt: skip
+    parser.add_argument("--labels", type=Path, metavar="FILE", help="JSON, several labels an image")
+    parser.add_argument("--batch-size", type=int, default=128, help="[128]")
+    parser.add_argument("--workers", type=int, default=4, help="[4]")
+    parser.add_argument("--max-unreadable", type=float, default=0.001, help="[0.001]")
+    parser.add_argument("--mixed-precision", choices=["no", "bf16", "fp16"], default="no")
+    parser.add_argument("--per-class", type=Path, metavar="FILE", help="a CSV file to write")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the figures as JSON")
+    parser.add_argument("--model-kwargs", nargs="+", default=[], metavar="KEY=VALUE")
+    given = vars(parser.parse_args(argv))
+    if given["batch_size"] < 1 or given["workers"] < 0 or not 0 <= given["max_unreadable"] <= 1:
+        raise UserError("--batch-size needs >= 1, --workers >= 0, --max-unreadable 0 to 1")
+    data_dir = given.pop("data_dir") or os.environ.get("METALA_VISION_DATA")
+    if data_dir is None:
+        raise UserError("no data folder: give --data-dir DIR or set METALA_VISION_DATA")
+    out, extra = given.pop("json"), _value("model_kwargs", given.pop("model_kwargs"))
+    from .evaluate import as_lines, evaluate_checkpoint
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*pin_memory.*")
+        report = evaluate_checkpoint(
+            given.pop("checkpoint"), Path(data_dir).expanduser(), **given, **extra
+        )
+    if out is not None:
+        try:
+            out.write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {out}: {error.strerror}") from error
+    print(as_lines(report))
     return 0
 
 

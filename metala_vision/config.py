@@ -234,6 +234,8 @@ class RunConfig(Section):
     """Type of the products; fp16 needs a GPU."""
     eval_interval: PositiveInt = 1
     """Evaluate and save every so many epochs, and at the end."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Write the metrics there too; wandb takes its settings from its own variables."""
     log_interval: PositiveInt = 10
     """Write the loss, and check that it is finite, every so many steps."""
 

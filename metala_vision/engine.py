@@ -2,6 +2,8 @@
 
 import contextlib
 import math
+import resource
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +30,10 @@ class Interval:
     loss: float
     lr: float
     img_per_s: float
+    waited: float
+    """Share of the time that the loop waited for the loader."""
+    memory_mib: float
+    """Largest so far: allocated on a GPU, else of this process (without its workers)."""
 
 
 @dataclass
@@ -106,8 +112,12 @@ def train_epoch(
     start, batches = run.step, len(loader)
     steps = steps_of(batches, run.grad_accum_steps)
     loss_sum = torch.zeros((), device=accelerator.device)
-    since_step, since_time, images = start, time.perf_counter(), 0
-    for place, (batch, target, *unreadable) in enumerate(loader):
+    since_step, since_time, images, waited = start, time.perf_counter(), 0, 0.0
+    draws = iter(loader)
+    for place in range(batches):
+        asked = time.perf_counter()
+        batch, target, *unreadable = next(draws)
+        waited += time.perf_counter() - asked
         for positions in unreadable:
             for position in positions[positions >= 0].tolist():
                 on_unreadable(position)
@@ -146,12 +156,25 @@ def train_epoch(
                     f"(learning rate {lr:.3g}); a lower lr, clip_grad or another mixed_precision "
                     "may help"
                 )
-            rate = images / (time.perf_counter() - since_time)
-            on_interval(Interval(run.step, run.step / steps, mean_loss, lr, rate))
+            seconds = time.perf_counter() - since_time
+            on_interval(
+                Interval(
+                    run.step, run.step / steps, mean_loss, lr, images / seconds, waited / seconds,
+                    memory_mib(accelerator.device),
+                )
+            )  # fmt: skip
             loss_sum.zero_()
-            since_step, since_time, images = run.step, time.perf_counter(), 0
+            since_step, since_time, images, waited = run.step, time.perf_counter(), 0, 0.0
         if ends:
             break
+
+
+def memory_mib(device: torch.device) -> float:
+    """The most memory so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB elsewhere
 
 
 def has_finite_weights(model: nn.Module) -> bool:

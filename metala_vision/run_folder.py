@@ -5,6 +5,7 @@ environment.json   command, commit, versions, machine
 changes.patch      uncommitted changes of the code, where there were any
 metrics.jsonl      a line per logged interval and per evaluation
 curve.png          loss and accuracy over the steps
+README.md          the model card
 best/, last/       checkpoints
 """
 

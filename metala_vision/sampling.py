@@ -7,11 +7,11 @@ draws a sample, it gets the same pixels.
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, get_worker_info
 
 # What a stream of random numbers is for: no two share one.
 ORDER, AUGMENTATION, MIXING, REPLACEMENT = range(4)
@@ -32,22 +32,28 @@ def stream(seed: int, purpose: int, *where: int) -> np.random.SeedSequence:
 
 @contextmanager
 def seeded(sequence: np.random.SeedSequence) -> Iterator[None]:
-    """random, numpy and torch draw from `sequence` inside, and go on as before behind.
+    """random, numpy and torch draw from `sequence` inside, and go on as before behind it (not in a
+    worker, where every sample is seeded).
 
     timm's augmentations and mixing draw from all three.
     """
     words = sequence.generate_state(3, np.uint64)
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    # A worker of a loader draws nothing else.
+    alone = get_worker_info() is not None
+    before: Any = None
+    if not alone:
+        before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(int(words[0]))
-    np.random.seed(words[1:2].view(np.uint32))
+    np.random.seed(int(words[1]) & 0xFFFFFFFF)  # a quarter of the time that all 64 bits take
     # manual_seed would seed every GPU too.
     torch.default_generator.manual_seed(int(words[2] >> np.uint64(1)))
     try:
         yield
     finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
+        if not alone:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+            torch.set_rng_state(before[2])
 
 
 class EpochBatches(Sampler[list[Key]]):

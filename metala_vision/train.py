@@ -16,8 +16,9 @@ from torch import nn
 from tqdm import tqdm
 
 from . import models  # noqa: F401  (registers ours with timm)
+from .card import write_card
 from .checkpoint import copy_checkpoint, save_checkpoint
-from .config import Config, ModelConfig, RunConfig, nearest
+from .config import Config, ModelConfig, nearest
 from .data import Unreadable, create_loaders, find_split
 from .engine import Evaluation, Interval, Training, evaluate, steps_of, train_epoch
 from .errors import UserError, one_line
@@ -31,6 +32,7 @@ from .recipe import (
     create_teacher,
 )
 from .run_folder import RunFolder, read_metrics
+from .trackers import check_trackers, start_trackers, track
 
 # Without a progress bar (output to a file), a line is printed this often, in seconds.
 LINE_INTERVAL = 30
@@ -51,15 +53,15 @@ class TrainResult:
     best_epoch: int
 
 
-def create_accelerator(config: RunConfig) -> Accelerator:
+def device_accelerator(mixed_precision: str) -> Accelerator:
     """accelerate's view of this machine: the GPU where there is one, else the CPU."""
     has_device = torch.cuda.is_available() or torch.backends.mps.is_available()
-    if config.mixed_precision == "fp16" and not has_device:
+    if mixed_precision == "fp16" and not has_device:
         raise UserError("run.mixed_precision='fp16' needs a GPU; on a CPU: no, bf16")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1:
-        raise UserError(f"training runs in one process, WORLD_SIZE is {processes}")
-    return Accelerator(cpu=not has_device, mixed_precision=config.mixed_precision)
+        raise UserError(f"one process is supported, WORLD_SIZE is {processes}")
+    return Accelerator(cpu=not has_device, mixed_precision=mixed_precision)
 
 
 def create_model(config: ModelConfig, num_classes: int) -> nn.Module:
@@ -109,7 +111,8 @@ def train(config: Config, name: str = "train") -> TrainResult:
         UserError: for what the user can mend, before any training where possible.
     """
     config = config.model_copy(deep=True)
-    accelerator = create_accelerator(config.run)
+    accelerator = device_accelerator(config.run.mixed_precision)
+    check_trackers(config)
     set_seed(config.run.seed)
     split = find_split(config.data)
     model = create_model(config.model, split.num_classes)
@@ -145,6 +148,7 @@ def train(config: Config, name: str = "train") -> TrainResult:
     )  # fmt: skip
 
     run = RunFolder(config, name)
+    start_trackers(accelerator, config, name, run.path)
     parameters = sum(p.numel() for p in model.parameters())
     print(
         f"{config.model.model}: {parameters:,} parameters, images {size[1]}x{size[2]}, "
@@ -180,6 +184,7 @@ def train(config: Config, name: str = "train") -> TrainResult:
     def on_interval(interval: Interval) -> None:
         nonlocal spoken
         run.log("train", **dataclasses.asdict(interval))
+        track(accelerator, "train", interval.step, dataclasses.asdict(interval))
         bar.set_postfix(epoch=f"{interval.epoch:.1f}", loss=f"{interval.loss:.3f}", refresh=False)
         if bar.disable and time.monotonic() - spoken > LINE_INTERVAL:
             spoken = time.monotonic()
@@ -212,6 +217,7 @@ def train(config: Config, name: str = "train") -> TrainResult:
             saved_step = training.step
             last = evaluate(evaluated, val_loader, accelerator, unreadable[1])
             run.log("eval", step=training.step, epoch=epoch, **dataclasses.asdict(last))
+            track(accelerator, "eval", training.step, dataclasses.asdict(last))
             if best is None or last.top1 > best.top1:
                 best, best_epoch = last, epoch
                 copy_checkpoint(run.path / "last", run.path / "best")
@@ -233,5 +239,13 @@ def train(config: Config, name: str = "train") -> TrainResult:
     finally:
         bar.close()
         run.close()
+        accelerator.end_training()
     assert last is not None and best is not None
+    facts = {
+        "model": config.model.model, "parameters": parameters, "input_size": size,
+        "classes": split.num_classes, "dataset": config.data.dataset, "images": last.images,
+        "top1": last.top1, "top5": last.top5, "best_top1": best.top1, "best_epoch": best_epoch,
+        "epochs": epochs, "steps": total_steps,
+    }  # fmt: skip
+    write_card(run.path, name, facts)
     return TrainResult(run.path, last, best, best_epoch)

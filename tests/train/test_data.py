@@ -13,13 +13,12 @@ from PIL import Image
 from metala_vision.config import DataConfig, ModelConfig, load_config
 from metala_vision.data import (
     DATA_VARIABLE,
-    DigitsSource,
-    convert,
     create_loaders,
     find_split,
 )
 from metala_vision.errors import UserError
 from metala_vision.sampling import EpochBatches
+from metala_vision.sources import DigitsSource, convert
 from metala_vision.train import create_model
 
 

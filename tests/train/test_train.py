@@ -8,6 +8,7 @@ from datetime import datetime
 import pytest
 import timm
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
@@ -51,10 +52,35 @@ def test_a_run_leaves_everything_that_the_folder_promises(finished_run):
     assert [x["epoch"] for x in evals] == [1, 2] and all(x["images"] == 12 for x in evals)
     assert [x["step"] for x in trains] == [2, 3, 5, 6]
     assert all(math.isfinite(x["loss"]) and x["img_per_s"] > 0 for x in trains)
+    assert all(0 <= x["waited"] <= 1 and 50 < x["memory_mib"] < 1e5 for x in trains)
     left = {p.name for p in finished_run.iterdir()} - {"changes.patch"}
     assert left == {
-        "config.yaml", "environment.json", "metrics.jsonl", "curve.png", "best", "last",
+        "config.yaml", "environment.json", "metrics.jsonl", "curve.png", "README.md", "best",
+        "last",
     }  # fmt: skip
+
+
+def test_the_model_card_tells_the_figures_of_the_run(finished_run):
+    card = (finished_run / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["pipeline_tag"] == "image-classification" and front["library_name"] == "timm"
+    last = metrics(finished_run)[-1]
+    assert f"{last['top1']:.2f} %, {last['top5']:.2f} % on 12 held-out images" in card
+    model = timm.create_model(f"local-dir:{finished_run / 'last'}", pretrained=True)
+    assert f"| parameters | {sum(p.numel() for p in model.parameters()):,} |" in card
+
+
+def test_tensorboard_holds_the_metrics(finished_run, digit_tree, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run_dir = tmp_path / "run"
+    assert main(arguments(digit_tree, run_dir, "--trackers", "tensorboard")) == 0
+    assert metrics(run_dir) == metrics(finished_run)
+    events = accumulator.EventAccumulator(str(next(run_dir.rglob("events.out*")).parent)).Reload()
+    found = [(x.step, x.value) for x in events.Scalars("train/loss")]
+    told = [(x["step"], x["loss"]) for x in metrics(run_dir) if x["event"] == "train"]
+    assert [step for step, _ in found] == [step for step, _ in told]
+    assert [x for _, x in found] == pytest.approx([x for _, x in told], rel=1e-6)
+    assert len(events.Scalars("eval/top1")) == 2
 
 
 @pytest.mark.parametrize("which", ["best", "last"])
@@ -70,7 +96,8 @@ def test_timm_loads_a_checkpoint_with_its_head_and_preprocessing(finished_run, w
 def metrics(folder):
     """A run's metrics without the times."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in x.items() if k not in ("seconds", "img_per_s")} for x in lines]
+    of_the_machine = ("seconds", "img_per_s", "waited", "memory_mib")
+    return [{k: v for k, v in x.items() if k not in of_the_machine} for x in lines]
 
 
 def test_the_resolved_configuration_starts_the_same_run_again(finished_run, digit_tree, tmp_path):
@@ -168,7 +195,7 @@ TAUGHT = [
 # Settings of something that another flag turns on.
 DEPENDENT = [
     (["--mixup", "0.8"], ["--mixup-prob", "0.1"]), (["--mixup", "0.8"], ["--mixup-mode", "elem"]),
-    (["--mixup", "0.8", "--cutmix", "1"], ["--mixup-switch-prob", "0"]),
+    (["--mixup", "0.8", "--cutmix", "1"], ["--mixup-switch-prob", "1"]),
     (["--mixup", "0.8"], ["--mixup-off-epoch", "1"]), (["--mixup", "0.8"], ["--smoothing", "0.3"]),
     (["--bce-loss", "--mixup", "0.8"], ["--bce-target-thresh", "0.2"]),
     (["--bce-loss"], ["--smoothing", "0.3"]),
@@ -278,6 +305,7 @@ def test_every_key_is_tried_by_these_tests():
     tried = {flag for flags in SETTINGS for flag in flags if flag.startswith("--")}
     tried |= {flags[0] for _, flags in DEPENDENT}
     tried |= {"--grad-checkpointing", "--channels-last", "--torchcompile", "--max-unreadable"}
+    tried |= {"--trackers"}
     tried |= {flag for flag in arguments("x", "y") if flag.startswith("--")}
     tried |= {"--output", "--val-fraction", "--split-seed", "--dataset"}  # here and in test_data.py
     keys = {key for section in SECTIONS.values() for key in section.model_fields}

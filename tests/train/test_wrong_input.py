@@ -289,7 +289,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(capsys, digit_tree, tmp_path):
 
 def test_several_processes_are_refused(capsys, digit_tree, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert run(capsys, "--data-dir", digit_tree) == "training runs in one process, WORLD_SIZE is 2"
+    assert run(capsys, "--data-dir", digit_tree) == "one process is supported, WORLD_SIZE is 2"
 
 
 def test_a_folder_that_cannot_be_written(capsys, digit_tree, tmp_path):

@@ -1,0 +1,98 @@
+"""Where images come from: folders of classes, or scikit-learn's digits."""
+
+import warnings
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+from .errors import UnreadableImage, UserError, one_line
+
+_ENDINGS = f"endings read: {' '.join(IMG_EXTENSIONS)}"
+
+
+class Source(Protocol):
+    """Labelled images by index."""
+
+    classes: list[str]
+    targets: list[int]
+
+    def image(self, index: int) -> Image.Image:
+        """The decoded image; raises UnreadableImage naming it where that fails."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What a report calls the image."""
+        ...
+
+
+class FolderSource:
+    """A tree of class folders: root/CLASS/.../image, hidden folders left out.
+
+    The class is the first folder, as in torchvision's ImageFolder (timm's reader takes the last).
+
+    Args:
+        root: holds one folder per class.
+        classes: names that define the labels; None takes the folders in alphabetical order.
+    Raises:
+        UserError: no class folder, no image, a class without an image, or one not in `classes`.
+    """
+
+    def __init__(self, root: Path, classes: list[str] | None = None) -> None:
+        folders = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != ".")
+        if not folders:
+            raise UserError(f"{root} has no class folders")
+        unknown = sorted(set(folders) - set(classes or folders))
+        if unknown:
+            raise UserError(f"{root} has class {unknown[0]!r}, which the training images lack")
+        self.classes = classes or folders
+        labels = {name: i for i, name in enumerate(self.classes)}
+        self.samples = make_dataset(str(root), labels, IMG_EXTENSIONS, allow_empty=True)
+        self.targets = [label for _, label in self.samples]
+        if not self.samples:
+            raise UserError(f"no images in the class folders of {root}; {_ENDINGS}")
+        missing = sorted(set(range(len(folders))) - set(self.targets)) if classes is None else []
+        if missing:
+            raise UserError(f"no image in class folder {root / folders[missing[0]]}; {_ENDINGS}")
+
+    def image(self, index: int) -> Image.Image:
+        path, _ = self.samples[index]
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of fields that do not matter, image after image
+                with Image.open(path) as image:
+                    image.load()
+                    return image
+        except Exception as error:  # a damaged file makes a decoder raise anything
+            raise UnreadableImage(f"cannot read image {path}: {one_line(error)}") from error
+
+    def name(self, index: int) -> str:
+        return str(self.samples[index][0])
+
+
+class DigitsSource:
+    """The 1,797 handwritten digits, 8x8 grey, that scikit-learn carries (UCI, 43 writers)."""
+
+    def __init__(self) -> None:
+        digits: Any = load_digits()
+        self.images = (digits.images * (255 / 16)).round().astype(np.uint8)
+        self.classes = [str(name) for name in digits.target_names]
+        self.targets = digits.target.tolist()
+
+    def image(self, index: int) -> Image.Image:
+        return Image.fromarray(self.images[index])
+
+    def name(self, index: int) -> str:
+        return f"digit {index}"
+
+
+def convert(image: Image.Image, mode: str) -> Image.Image:
+    """The image as "RGB" or "L"; 16-bit grey is scaled, where Pillow would cut it off at 255."""
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+    return image.convert(mode)
