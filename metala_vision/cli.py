@@ -105,19 +105,22 @@ def eval_command(argv: list[str], prog: str) -> int:
     if data_dir is None:
         raise UserError("no data folder: give --data-dir DIR or set METALA_VISION_DATA")
     out, extra = given.pop("json"), _value("model_kwargs", given.pop("model_kwargs"))
+    for path in (out, given["per_class"]):
+        if path is not None and not path.parent.is_dir():
+            raise UserError(f"cannot write {path}: No such folder")
     from .evaluate import as_lines, evaluate_checkpoint
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
         report = evaluate_checkpoint(
-            given.pop("checkpoint"), Path(data_dir).expanduser(), **given, **extra
+            given.pop("checkpoint"), Path(data_dir).expanduser(), **given, model_kwargs=extra
         )
+    print(as_lines(report))
     if out is not None:
         try:
             out.write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
         except OSError as error:
             raise UserError(f"cannot write {out}: {error.strerror}") from error
-    print(as_lines(report))
     return 0
 
 

@@ -41,9 +41,16 @@ def _channels(number: int) -> int:
     return number
 
 
+def _sides(pair: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < pair[0] < pair[1] <= 1:
+        raise ValueError("a range of sides needs 0 < low < high <= 1")
+    return pair
+
+
 Channels = Annotated[int, AfterValidator(_channels)]
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 Range = Annotated[tuple[float, float], AfterValidator(_range)]
+Sides = Annotated[tuple[float, float], AfterValidator(_sides)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
@@ -138,7 +145,7 @@ class DataConfig(Section):
     """alpha of mixup; 0 does not mix."""
     cutmix: NonNegativeFloat = 0.0
     """alpha of CutMix; 0 does not mix."""
-    cutmix_minmax: Range | None = None
+    cutmix_minmax: Sides | None = None
     """Range of CutMix's side instead of alpha."""
     mixup_prob: Probability = 1.0
     """Probability of mixing a batch, pair or image."""

@@ -54,7 +54,12 @@ class ImageData(Dataset):
     def sample(self, position: int) -> tuple[Tensor, int]:
         """Raises UnreadableImage."""
         index = self.indices[position]
-        image = convert(self.source.image(index), self.mode)
+        image = self.source.image(index)
+        try:
+            image = convert(image, self.mode)
+        except ValueError as error:  # of a rare kind of pixel
+            name = self.source.name(index)
+            raise UnreadableImage(f"cannot read image {name}: {one_line(error)}") from error
         return self.transform(image), self.source.targets[index]
 
     def __getitem__(self, position: int) -> tuple[Tensor, int]:
@@ -80,21 +85,17 @@ class TrainingData(ImageData):
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int, int]:  # pyright: ignore[reportIncompatibleMethodOverride]
         where = (key.epoch, key.place)
-        others = iter(())
-        position = unreadable = key.index
+        draws = np.random.Generator(np.random.PCG64(stream(self.seed, REPLACEMENT, *where)))
+        position, unreadable, line = key.index, -1, ""
         for _ in range(REPLACEMENTS):
             try:
                 with seeded(stream(self.seed, AUGMENTATION, *where)):
                     image, target = self.sample(position)
-                return image, target, -1 if position == key.index else unreadable
+                return image, target, unreadable
             except UnreadableImage as error:
-                if position == key.index:
-                    draws = np.random.Generator(
-                        np.random.PCG64(stream(self.seed, REPLACEMENT, *where))
-                    )
-                    others = iter(draws.integers(len(self), size=REPLACEMENTS).tolist())
-                position, last = next(others), error
-        raise UserError(f"{REPLACEMENTS} images one after the other: {last.line}")
+                unreadable, line = key.index, error.line
+            position = int(draws.integers(len(self)))
+        raise UserError(f"{REPLACEMENTS} images one after the other: {line}")
 
 
 class Unreadable:

@@ -200,7 +200,8 @@ def evaluate(
     for batch, target in loader:
         logits = model(batch).float()
         read = target >= 0
-        loss = F.cross_entropy(logits, target.clamp_min(0), reduction="none") * read
+        loss = F.cross_entropy(logits, target.clamp_min(0), reduction="none")
+        loss = torch.where(read, loss, 0.0)
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = ranked == target[:, None]
         per_image = torch.stack(

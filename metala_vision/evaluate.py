@@ -28,7 +28,8 @@ BINS = 15  # of the calibration error
 
 @dataclass
 class Report:
-    """Percentages over the images that can be read; loss is the mean cross entropy.
+    """Percentages over the images that can be read (top5 is top-n for n < 5 classes); loss is the
+    mean cross entropy.
 
     calibration_error: the mean difference between confidence and accuracy over BINS bins of equal
     width of the confidence, weighted by images, in percent (expected calibration error, arXiv
@@ -57,9 +58,15 @@ class ManyLabels:
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read labels {path}: {one_line(error)}") from error
         names = sorted(range(len(source.samples)), key=lambda i: Path(source.samples[i][0]).name)
-        if not isinstance(labels, list) or len(labels) != len(names):
-            count = len(labels) if isinstance(labels, list) else "no list"
-            raise UserError(f"{path} has labels for {count}, the folder has {len(names)} images")
+        lists = isinstance(labels, list) and all(
+            isinstance(own, list) and all(type(x) is int for x in own) for own in labels
+        )
+        if not lists or not any(labels):
+            raise UserError(f"{path} must be a JSON list with a list of label numbers an image")
+        if len(labels) != len(names):
+            raise UserError(
+                f"{path} has labels for {len(labels)}, the folder has {len(names)} images"
+            )
         self.of = {index: set(labels[i]) for i, index in enumerate(names)}
 
 
@@ -128,9 +135,10 @@ def predict(
         )], 1)  # fmt: skip
         gathered: Any = accelerator.gather_for_metrics(row)
         gathered = gathered.cpu()  # waits for the device
-        if parts:  # the first batch warms up
-            seconds += time.perf_counter() - start
-            images += len(gathered)
+        if len(parts) == 1:  # the first batch warms up, unless it is the only one
+            seconds, images = 0.0, 0
+        seconds += time.perf_counter() - start
+        images += len(gathered)
         parts.append(gathered)
     rows = torch.cat(parts)
     for label in rows[rows[:, 0] < 0, 0].tolist():
@@ -138,8 +146,7 @@ def predict(
     rows = rows[rows[:, 0] >= 0]
     if not len(rows):
         raise UserError("none of the images can be read")
-    rate = images / seconds if images else float("nan")
-    return rows[:, 0].long(), rows[:, 3:].long(), rows[:, 2], rows[:, 1], rate
+    return rows[:, 0].long(), rows[:, 3:].long(), rows[:, 2], rows[:, 1], images / seconds
 
 
 def evaluate_checkpoint(
@@ -152,7 +159,7 @@ def evaluate_checkpoint(
     max_unreadable: float = 0.001,
     mixed_precision: str = "no",
     per_class: Path | None = None,
-    **model_kwargs: Any,
+    model_kwargs: dict[str, Any] | None = None,
 ) -> Report:
     """Evaluate a checkpoint on a folder of classes.
 
@@ -166,11 +173,22 @@ def evaluate_checkpoint(
         UserError: for what the user can mend.
     """
     accelerator = device_accelerator(mixed_precision)
+    model_kwargs = model_kwargs or {}
+    refused = {"in_chans", "img_size", "device", "dtype"} & set(model_kwargs)
+    if refused:
+        raise UserError(f"--model-kwargs takes no {min(refused)}: images are as in training")
     model = load_model(checkpoint, **model_kwargs)
     preprocessing: dict[str, Any] = getattr(model, "pretrained_cfg", {})
     classes = preprocessing.get("label_names")
     source = find_images(data_dir, classes)
     outputs = int(getattr(model, "num_classes", len(source.classes)))
+    numbered = source.classes == [str(i) for i in range(len(source.classes))]
+    if classes is None and not numbered and len(source.classes) != outputs:
+        raise UserError(
+            f"{checkpoint} does not name its {outputs} classes, and {data_dir} has "
+            f"{len(source.classes)}: which is which is unknown; folders named by label numbers are "
+            "taken as such"
+        )
     if len(source.classes) > outputs:
         raise UserError(
             f"{data_dir} has {len(source.classes)} classes, {checkpoint} answers with {outputs}"

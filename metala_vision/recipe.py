@@ -16,10 +16,9 @@ from .sampling import MIXING, seeded, stream
 
 
 class Mixing:
-    """Mixup and CutMix by timm, drawn from (seed, step); labels become distributions.
+    """Mixup and CutMix by timm, drawn from (seed, epoch, place of the batch in its epoch).
 
-    Args:
-        epochs: of the run; from `mixup_off_epoch` on labels are smoothed and images left alone.
+    Labels become distributions; from `mixup_off_epoch` on they are smoothed, and images left alone.
     """
 
     def __init__(self, config: DataConfig, smoothing: float, num_classes: int, seed: int) -> None:
@@ -62,9 +61,9 @@ def create_criterion(optim: OptimConfig, mixed: bool) -> nn.Module:
 def create_ema(model: nn.Module, optim: OptimConfig) -> ModelEmaV3 | None:
     """The moving average of the weights, or None.
 
-    With warm-up the decay after n steps is 1 - (1 + n)^(-2/3), up to model_ema_decay: an average
-    over a share of the steps so far, where a constant one would keep the start for 1 / (1 - decay)
-    steps.
+    It begins as the weights after the first step. With warm-up the decay at step n is 1 - n^(-2/3),
+    up to model_ema_decay: an average over a share of the steps so far, where a constant one would
+    keep that beginning for 1 / (1 - decay) steps.
     """
     if not optim.model_ema:
         return None

@@ -148,7 +148,11 @@ def train(config: Config, name: str = "train") -> TrainResult:
     )  # fmt: skip
 
     run = RunFolder(config, name)
-    start_trackers(accelerator, config, name, run.path)
+    try:
+        start_trackers(accelerator, config, name, run.path)
+    except UserError:
+        run.close()
+        raise
     parameters = sum(p.numel() for p in model.parameters())
     print(
         f"{config.model.model}: {parameters:,} parameters, images {size[1]}x{size[2]}, "

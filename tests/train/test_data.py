@@ -17,7 +17,7 @@ from metala_vision.data import (
     find_split,
 )
 from metala_vision.errors import UserError
-from metala_vision.sampling import EpochBatches
+from metala_vision.sampling import EpochBatches, Key
 from metala_vision.sources import DigitsSource, convert
 from metala_vision.train import create_model
 
@@ -176,6 +176,20 @@ def test_unreadable_images_are_marked_and_in_training_replaced(own_digit_tree, w
     assert (seen[0] >= 0).all()  # the replacement has a label of its own
     again = [target for _, target, _ in made.train]
     assert torch.equal(torch.cat(again), seen[0])
+
+
+def test_one_unreadable_image_of_ten_never_ends_a_run(own_digit_tree):
+    """A replacement may be drawn that is the image itself."""
+    for path in sorted(own_digit_tree.rglob("train/*/*.png"))[10:]:
+        if path.parent.name == "digit0" or path.name > "00.png":
+            path.unlink()
+    left = sorted(own_digit_tree.rglob("train/*/*.png"))
+    assert 10 <= len(left) <= 14
+    left[3].write_bytes(b"")
+    made = loaders(DataConfig(data_dir=own_digit_tree, batch_size=2, workers=0))
+    for epoch in range(100):
+        image, _, unreadable = made.train.dataset[Key(epoch, 0, 3)]
+        assert unreadable == 3 and image.abs().sum() > 0
 
 
 def test_every_image_unreadable_is_an_error(own_digit_tree):

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+import timm
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
@@ -109,7 +110,11 @@ MISTAKES = [
     (["CHECKPOINT", "--data-dir", "nowhere"], "data folder nowhere does not exist"),
     (["CHECKPOINT", "--labels", "nowhere.json"], "cannot read labels nowhere.json: "),
     (["CHECKPOINT", "--batch-size", "0"], "--batch-size needs >= 1"),
-    (["CHECKPOINT", "--per-class", "/nowhere/x.csv"], "cannot write /nowhere/x.csv: No such file"),
+    (["CHECKPOINT", "--per-class", "/nowhere/x.csv"], "cannot write /nowhere/x.csv: No such folde"),
+    (["CHECKPOINT", "--json", "/nowhere/x.json"], "cannot write /nowhere/x.json: No such folder"),
+    (["CHECKPOINT", "--labels", "EMPTIES"], "EMPTIES must be a JSON list with a list of label"),
+    (["CHECKPOINT", "--model-kwargs", "in_chans=1"], "--model-kwargs takes no in_chans: images"),
+    (["UNNAMED"], "UNNAMED does not name its 5 classes, and "),
     (["CHECKPOINT", "--data-dir", "OTHER"], "OTHER/val has class 'cat', which the training images"),
     (["metala_nano", "--model-kwargs", "num_classes=3"], "cannot load metala_nano: "),
 ]
@@ -121,8 +126,16 @@ def test_a_mistake_is_one_line(flags, message, checkpoint, digit_tree, tmp_path,
     folder = tmp_path / "other" / "val" / "cat"
     folder.mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(folder / "a.png")
+    (tmp_path / "empties.json").write_text("[[], []]")
+    unnamed = tmp_path / "unnamed"
+    model = timm.create_model("metala_nano", depth=1, embed_dim=32, num_heads=1, num_classes=5)
+    timm.models.save_for_hf(
+        model, str(unnamed), safe_serialization=True,
+        model_args={"depth": 1, "embed_dim": 32, "num_heads": 1},
+    )  # fmt: skip
     places = {"CHECKPOINT": str(checkpoint), "EMPTY": str(tmp_path / "empty"),
-              "OTHER": str(tmp_path / "other")}  # fmt: skip
+              "OTHER": str(tmp_path / "other"), "UNNAMED": str(unnamed),
+              "EMPTIES": str(tmp_path / "empties.json")}  # fmt: skip
     given = [places.get(flag, flag) for flag in flags]
     if "--data-dir" not in given:
         given += ["--data-dir", str(digit_tree)]

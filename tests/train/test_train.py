@@ -4,6 +4,7 @@ import json
 import math
 import re
 from datetime import datetime
+from typing import ClassVar
 
 import pytest
 import timm
@@ -18,6 +19,7 @@ from metala_vision.cli import main
 from metala_vision.config import SECTIONS, Config, ModelConfig, OptimConfig, load_config
 from metala_vision.engine import Training, evaluate, train_epoch
 from metala_vision.optim import create_optimizer, create_scheduler, peak_lr, run_length
+from metala_vision.recipe import Teacher
 from metala_vision.train import create_model, train
 from tests.conftest import SMALL_MODEL
 
@@ -239,6 +241,44 @@ def test_settings_that_only_change_the_execution(flag, finished_run, digit_tree,
     assert near(tmp_path / "run", finished_run, 1e-4)  # another layout, another rounding
     config = ModelConfig(model="metala_nano", grad_checkpointing=True)
     assert create_model(config, 3).grad_checkpointing
+
+
+def test_channels_last_reaches_weights_and_images():
+    seen = []
+    model = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    model.register_forward_pre_hook(
+        lambda _, given: seen.append(given[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    run = Training(
+        model, lambda logits, target: logits.mean(), torch.optim.SGD(model.parameters()),
+        None, Accelerator(cpu=True), 1, memory_format=torch.channels_last,
+    )  # fmt: skip
+    run.loss(torch.randn(2, 3, 8, 8), torch.zeros(2).long(), 0, 0)
+    assert seen == [True]
+
+
+def test_a_teachers_part_is_its_equation_on_its_own_images():
+    class Known(torch.nn.Module):
+        pretrained_cfg: ClassVar = {"input_size": (3, 4, 4), "mean": (0.1,) * 3, "std": (0.2,) * 3}
+
+        def forward(self, x):
+            return x.mean((2, 3))
+
+    images, T = torch.rand(5, 3, 4, 4), 3.0
+    student_mean, student_std = (0.4, 0.5, 0.6), (0.3, 0.2, 0.1)
+    batch = (images - torch.tensor(student_mean).view(3, 1, 1)) / torch.tensor(student_std).view(
+        3, 1, 1
+    )
+    logits, loss = torch.randn(5, 3), torch.tensor(2.0)
+    p = ((images.mean((2, 3)) - 0.1) / 0.2 / T).softmax(1)
+    q = (logits / T).softmax(1)
+    soft = T**2 * (p * (p / q).log()).sum(1).mean()
+    hard = -logits.log_softmax(1)[torch.arange(5), p.argmax(1)].mean()
+    for kind, part in (("soft", soft), ("hard", hard)):
+        config = OptimConfig(distill_type=kind, distill_share=0.3, distill_temperature=T)
+        teacher = Teacher(Known(), config, student_mean, student_std)
+        expected = 0.7 * loss + 0.3 * part
+        assert teacher(loss, logits, batch).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.slow

@@ -246,6 +246,7 @@ RECIPE_MISTAKES = [
         "model.torchcompile='blocks': resnet10t has no blocks; take 'model'",
     ),
     (["--opt-kwargs", "momentums=1"], "cannot make optimizer 'adamw': "),
+    (["--cutmix-minmax", "0.5", "0.5"], "data.cutmix_minmax"),
     (["--opt-kwargs", "eps"], "--opt-kwargs takes key=value, got 'eps'"),
     (["--sched", "cosign"], "optim.sched='cosign' does not fit: "),
     (["--layer-decay", "1.5"], "optim.layer_decay='1.5' does not fit: "),
