@@ -8,7 +8,7 @@ from torch import Tensor
 
 from metala_vision.kernels._fused import implementations, in_graph
 from metala_vision.kernels._impl import choose
-from metala_vision.kernels._portable import plainly_eager
+from metala_vision.kernels._portable import check_order, plainly_eager
 from metala_vision.kernels.linear_recurrence.chunked import chunked
 from metala_vision.kernels.linear_recurrence.fused import Fused
 from metala_vision.kernels.linear_recurrence.library import node
@@ -107,14 +107,4 @@ def _validate(b: Tensor, log_decay: Tensor, direction: str, order: Tensor | None
     at_hand = b.device.type == "cpu" and plainly_eager(b)
     if at_hand and (log_decay > 0).any():
         raise ValueError(f"log_decay must be <= 0, got {log_decay.max().item()}")
-    if order is None:
-        return
-    if list(order.shape) != [N] or order.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"order must be [{N}] int32 or int64, got {order.dtype} "
-                         f"{list(order.shape)}")  # fmt: skip
-    if order.device != b.device:
-        raise ValueError(f"order is on {order.device}, b on {b.device}; one device is needed")
-    if at_hand and not torch.equal(order.sort().values, torch.arange(N, dtype=order.dtype)):
-        raise ValueError(
-            f"order must hold each of 0 ... {N - 1} once, starts with {order[:8].tolist()}"
-        )
+    check_order(order, N, "b", b, at_hand)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from metala_vision.kernels._fused import implementations, in_graph
 from metala_vision.kernels._impl import choose
-from metala_vision.kernels._portable import plainly_eager
+from metala_vision.kernels._portable import check_order, plainly_eager
 from metala_vision.kernels.selective_scan.chunked import chunked
 from metala_vision.kernels.selective_scan.eager import portable
 from metala_vision.kernels.selective_scan.fused import Fused
@@ -160,14 +160,4 @@ def _validate(
     at_hand = u.device.type == "cpu" and plainly_eager(u)
     if at_hand and (A > 0).any():
         raise ValueError(f"A must be <= 0, got {A.max().item()}")
-    if order is None:
-        return
-    if list(order.shape) != [N] or order.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"order must be [{N}] int32 or int64, got {order.dtype} "
-                         f"{list(order.shape)}")  # fmt: skip
-    if order.device != u.device:
-        raise ValueError(f"order is on {order.device}, u on {u.device}; one device is needed")
-    if at_hand and not torch.equal(order.sort().values, torch.arange(N, dtype=order.dtype)):
-        raise ValueError(
-            f"order must hold each of 0 ... {N - 1} once, starts with {order[:8].tolist()}"
-        )
+    check_order(order, N, "u", u, at_hand)
