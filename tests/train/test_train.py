@@ -4,7 +4,6 @@ import json
 import math
 import re
 from datetime import datetime
-from typing import ClassVar
 
 import pytest
 import timm
@@ -18,8 +17,7 @@ from safetensors.torch import load_file
 from metala_vision.cli import main
 from metala_vision.config import SECTIONS, Config, ModelConfig, OptimConfig, load_config
 from metala_vision.engine import Training, evaluate, train_epoch
-from metala_vision.optim import create_optimizer, create_scheduler, peak_lr, run_length
-from metala_vision.recipe import Teacher
+from metala_vision.optim import create_optimizer, create_scheduler, peak_lr
 from metala_vision.train import create_model, train
 from tests.conftest import SMALL_MODEL
 
@@ -243,44 +241,6 @@ def test_settings_that_only_change_the_execution(flag, finished_run, digit_tree,
     assert create_model(config, 3).grad_checkpointing
 
 
-def test_channels_last_reaches_weights_and_images():
-    seen = []
-    model = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
-    model.register_forward_pre_hook(
-        lambda _, given: seen.append(given[0].is_contiguous(memory_format=torch.channels_last))
-    )
-    run = Training(
-        model, lambda logits, target: logits.mean(), torch.optim.SGD(model.parameters()),
-        None, Accelerator(cpu=True), 1, memory_format=torch.channels_last,
-    )  # fmt: skip
-    run.loss(torch.randn(2, 3, 8, 8), torch.zeros(2).long(), 0, 0)
-    assert seen == [True]
-
-
-def test_a_teachers_part_is_its_equation_on_its_own_images():
-    class Known(torch.nn.Module):
-        pretrained_cfg: ClassVar = {"input_size": (3, 4, 4), "mean": (0.1,) * 3, "std": (0.2,) * 3}
-
-        def forward(self, x):
-            return x.mean((2, 3))
-
-    images, T = torch.rand(5, 3, 4, 4), 3.0
-    student_mean, student_std = (0.4, 0.5, 0.6), (0.3, 0.2, 0.1)
-    batch = (images - torch.tensor(student_mean).view(3, 1, 1)) / torch.tensor(student_std).view(
-        3, 1, 1
-    )
-    logits, loss = torch.randn(5, 3), torch.tensor(2.0)
-    p = ((images.mean((2, 3)) - 0.1) / 0.2 / T).softmax(1)
-    q = (logits / T).softmax(1)
-    soft = T**2 * (p * (p / q).log()).sum(1).mean()
-    hard = -logits.log_softmax(1)[torch.arange(5), p.argmax(1)].mean()
-    for kind, part in (("soft", soft), ("hard", hard)):
-        config = OptimConfig(distill_type=kind, distill_share=0.3, distill_temperature=T)
-        teacher = Teacher(Known(), config, student_mean, student_std)
-        expected = 0.7 * loss + 0.3 * part
-        assert teacher(loss, logits, batch).item() == pytest.approx(expected.item(), rel=1e-5)
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::UserWarning")
 @pytest.mark.parametrize("what", ["model", "blocks"])
@@ -289,27 +249,6 @@ def test_a_compiled_run_is_the_same_run(what, finished_run, digit_tree, tmp_path
     assert near(tmp_path / "run", finished_run, 1e-3)
     names = load_file(tmp_path / "run" / "last" / "model.safetensors").keys()
     assert names == load_file(finished_run / "last" / "model.safetensors").keys()
-
-
-def test_the_gradient_of_a_window_is_that_of_its_images():
-    torch.manual_seed(0)
-    data = [(torch.randn(3), i % 2) for i in range(10)]
-    weights = []
-    for batch_size, accum in ((10, 1), (5, 2), (5, 3)):  # a window cut short by the epoch's end
-        model = torch.nn.Linear(3, 2)
-        torch.nn.init.constant_(model.weight, 0.1)
-        torch.nn.init.zeros_(model.bias)
-        config = OptimConfig(opt="sgd", lr=0.5, warmup_epochs=0, epochs=1)
-        optimizer = create_optimizer(model, config, 0.5)
-        run = Training(
-            model, torch.nn.CrossEntropyLoss(), optimizer, create_scheduler(optimizer, config, 1),
-            Accelerator(cpu=True), last_step=1, grad_accum_steps=accum,
-        )  # fmt: skip
-        train_epoch(run, torch.utils.data.DataLoader(data, batch_size=batch_size))
-        assert run.step == 1
-        weights.append(model.weight.detach().clone())
-    assert torch.allclose(weights[0], weights[1]) and torch.allclose(weights[0], weights[2])
-    assert not torch.allclose(weights[0], torch.full_like(weights[0], 0.1))
 
 
 def test_the_average_of_the_weights_is_evaluated_and_saved(digit_tree, tmp_path):
@@ -322,23 +261,6 @@ def test_the_average_of_the_weights_is_evaluated_and_saved(digit_tree, tmp_path)
     assert any(not torch.equal(average[name], last[name]) for name in average)
     model = timm.create_model(f"local-dir:{run_dir / 'last'}", pretrained=True)
     assert all(torch.equal(model.state_dict()[name], x) for name, x in average.items())
-
-
-def test_layer_decay_scales_the_rates_by_depth():
-    model = create_model(ModelConfig(model="metala_nano", model_kwargs={"depth": 2}), 5)
-    optimizer = create_optimizer(model, OptimConfig(layer_decay=0.5), 1e-3)
-    scheduler = create_scheduler(optimizer, OptimConfig(warmup_epochs=0, epochs=2), 10)
-    scheduler.step_update(0)
-    rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
-    names = {n: rates[id(p)] for n, p in model.named_parameters()}
-    for prefix, expected in (
-        ("patch_embed", 1e-3 / 8), ("blocks.0", 1e-3 / 4), ("blocks.1", 1e-3 / 2),
-        ("norm", 1e-3 / 2), ("head", 1e-3),
-    ):  # fmt: skip
-        found = [x for n, x in names.items() if n.startswith(prefix)]
-        assert found == pytest.approx([expected] * len(found)) and found, prefix
-    config = ModelConfig(model="metala_nano", grad_checkpointing=True)
-    assert create_model(config, 3).grad_checkpointing
 
 
 def test_every_key_is_tried_by_these_tests():
@@ -377,46 +299,3 @@ def test_evaluation_counts_each_image_once():
     assert (result.top1, result.top5, result.images) == (40.0, 60.0, 5)
     scores = torch.arange(6.0).log_softmax(0)
     assert result.loss == pytest.approx(-(2 * scores[5] + scores[4] + 2 * scores[0]).item() / 5)
-
-
-def test_the_schedule_warms_up_and_ends_at_the_minimum():
-    config = OptimConfig(epochs=10, warmup_epochs=2, lr=1.0, warmup_lr=0.1, min_lr=0.01)
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = create_scheduler(optimizer, config, 5)
-    lrs = []
-    for step in range(50):
-        scheduler.step_update(step)
-        lrs.append(optimizer.param_groups[0]["lr"])
-    assert lrs[0] == pytest.approx(0.1) and lrs[10] == pytest.approx(1.0)
-    assert lrs[:11] == sorted(lrs[:11]) and lrs[10:] == sorted(lrs[10:], reverse=True)
-    middle = 0.01 + 0.5 * 0.99 * (1 + math.cos(math.pi * 20 / 40))
-    assert lrs[30] == pytest.approx(middle) and lrs[-1] == pytest.approx(0.01, abs=2e-3)
-
-
-def test_length_and_learning_rate_rules():
-    assert run_length(OptimConfig(epochs=3), 7) == 21
-    assert run_length(OptimConfig(epochs=3, max_steps=5), 7) == 5
-    assert peak_lr(OptimConfig(lr_base=6e-4, lr_base_size=512), 2048) == pytest.approx(2.4e-3)
-    assert peak_lr(OptimConfig(lr=1e-3), 2048) == 1e-3
-
-
-def test_weight_decay_spares_vectors_and_what_the_model_excludes():
-    model = create_model(ModelConfig(model="metala_nano", model_kwargs={"depth": 1}), 5)
-    optimizer = create_optimizer(model, OptimConfig(), 1e-3)
-    decayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
-    names = {name for name, p in model.named_parameters() if id(p) in decayed}
-    mixer = "blocks.0.mixer"
-    assert names == {
-        "patch_embed.proj.weight", f"{mixer}.conv.conv.weight", f"{mixer}.in_proj.weight",
-        f"{mixer}.out_proj.weight", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight",
-        "head.fc.weight",
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ["imagenet1k/metala_tiny_paper", "imagenet1k/metala_small_paper"])
-def test_the_papers_recipe(name):
-    """arXiv 2411.10741, appendix A4."""
-    optim = load_config(name).optim
-    assert peak_lr(optim, load_config(name).data.batch_size) == pytest.approx(2.4e-3)
-    assert (optim.opt, optim.betas, optim.weight_decay) == ("adamw", (0.9, 0.98), 0.05)
-    assert optim.epochs == 300 and load_config(name).data.batch_size == 2048
