@@ -24,23 +24,11 @@ from metala_vision.kernels.gated_linear_attention import triton_bwd, triton_fwd,
 
 pytestmark = [
     pytest.mark.interpreter,
+    pytest.mark.usefixtures("poisoned"),
     # Triton's interpreter on `range` of a kernel's number.
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
 ]
 QUICK = (1, 2, 15, 16, 17, 49)
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Memory that nothing has written yet is NaN."""
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        make = getattr(owner, name)
-
-        def filled(*args, _make=make, **options):
-            x = _make(*args, **options)
-            return x.fill_(float("nan")) if x.is_floating_point() and len(x) else x
-
-        monkeypatch.setattr(owner, name, filled)
 
 
 def run(q, v, gate, d_o, direction, dot):
