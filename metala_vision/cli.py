@@ -12,8 +12,9 @@ from typing import Any, NoReturn
 import yaml
 
 from ._version import __version__
-from .config import SECTIONS, Config, load_config, nearest, shipped_configs
-from .errors import UserError, one_line
+from .config import SECTIONS, Config
+from .config_file import load_config, shipped_configs
+from .errors import UserError, nearest, one_line
 
 PICTURES = (".png", ".pdf", ".svg")
 COMMANDS = {

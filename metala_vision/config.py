@@ -5,11 +5,9 @@ stands in two sections. timm's names wherever timm has one. Both ways are checke
 an unknown key is an error that names the nearest.
 """
 
-import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -19,14 +17,9 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     model_validator,
 )
-
-from .errors import UserError, one_line
-
-# The files that ship with the package, also as configs/ at the root of a checkout.
-CONFIG_FOLDER = Path(__file__).parent / "configs"
+from typing_extensions import Self
 
 
 def _range(pair: tuple[float, float]) -> tuple[float, float]:
@@ -41,12 +34,20 @@ def _channels(number: int) -> int:
     return number
 
 
+def _dataset(name: str) -> str:
+    if name not in DATASETS and not name.startswith("hfds/"):
+        raise ValueError(f"{', '.join(DATASETS)} and hfds/NAME are accepted")
+    return name
+
+
 def _sides(pair: tuple[float, float]) -> tuple[float, float]:
     if not 0 < pair[0] < pair[1] <= 1:
         raise ValueError("a range of sides needs 0 < low < high <= 1")
     return pair
 
 
+DATASETS = ("folder", "tar", "wds", "hfds", "digits")
+DatasetName = Annotated[str, AfterValidator(_dataset)]
 Channels = Annotated[int, AfterValidator(_channels)]
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 Range = Annotated[tuple[float, float], AfterValidator(_range)]
@@ -59,7 +60,12 @@ CropShare = Annotated[float, Field(gt=0, le=1)]
 
 
 class Section(BaseModel):
-    """Base of the sections: unknown keys are refused, docstrings become the help."""
+    """Base of the sections: unknown keys are refused, docstrings become the help.
+
+    NEEDS: for keys that others turn on, those others; set without them it would do nothing.
+    """
+
+    NEEDS: ClassVar[dict[str, tuple[str, ...]]] = {}
 
     model_config = ConfigDict(
         extra="forbid",
@@ -83,6 +89,17 @@ class Section(BaseModel):
             else:
                 raise ValueError(f"{key} takes no {value} (YAML reads yes, no, on, off as that)")
         return values
+
+    @model_validator(mode="after")
+    def _no_key_without_effect(self) -> Self:
+        fields = type(self).model_fields
+        for key, switches in self.NEEDS.items():
+            value = getattr(self, key)
+            if value == fields[key].default:
+                continue
+            if all(getattr(self, name) == fields[name].default for name in switches):
+                raise ValueError(f"{key}={value} has no effect without {' or '.join(switches)}")
+        return self
 
 
 class ModelConfig(Section):
@@ -113,10 +130,27 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Which images, how they are split, and the augmentation of the training part."""
 
-    dataset: Literal["folder", "digits"] = "folder"
-    """folder: class folders under data_dir; digits: scikit-learn's 1,797 handwritten digits."""
+    NEEDS = {
+        "mixup_prob": ("mixup", "cutmix", "cutmix_minmax"),
+        "mixup_switch_prob": ("mixup", "cutmix", "cutmix_minmax"),
+        "mixup_mode": ("mixup", "cutmix", "cutmix_minmax"),
+        "mixup_off_epoch": ("mixup", "cutmix", "cutmix_minmax"),
+    }
+
+    dataset: DatasetName = "folder"
+    """folder: class folders; tar: of class folders or one a class; wds: WebDataset shards; hfds or
+    hfds/NAME: a Hugging Face data set; digits: scikit-learn's 1,797 handwritten digits."""
     data_dir: UserPath | None = None
-    """Holds train/ and val/, each with one folder per class; default $METALA_VISION_DATA."""
+    """Holds the parts, as train/ and val/ with one folder per class; default $METALA_VISION_DATA.
+    """
+    train_split: str = "train"
+    """Name of the training part."""
+    val_split: str | None = None
+    """Name of the held-out part; null is val or validation."""
+    input_key: str | None = None
+    """Of wds: endings of an image, jpg;jpeg;png;webp; of hfds: its column, image."""
+    target_key: str | None = None
+    """Of wds: ending of a label, cls; of hfds: its column, label."""
     val_fraction: Share | None = None
     """Hold out this fraction of each class where there is no val/."""
     split_seed: Seed = 0
@@ -132,9 +166,9 @@ class DataConfig(Section):
     hflip: Probability = 0.5
     """Probability of a horizontal flip."""
     color_jitter: NonNegativeFloat = 0.0
-    """Strength of brightness, contrast and saturation jitter; timm drops it beside auto_augment."""
+    """Strength of brightness, contrast and saturation jitter; alone or beside auto_augment 3a."""
     auto_augment: str | None = None
-    """timm's policy name, such as rand-m9-mstd0.5-inc1."""
+    """timm's policy name, such as rand-m9-mstd0.5-inc1; 3a is three-augment."""
     reprob: Probability = 0.0
     """Probability of random erasing."""
     interpolation: Literal["bilinear", "bicubic", "random"] = "bicubic"
@@ -164,9 +198,30 @@ class DataConfig(Section):
     std: tuple[PositiveFloat, ...] | None = None
     """Normalisation; null is the model's own."""
 
+    @model_validator(mode="after")
+    def _jitter_is_applied(self) -> Self:
+        if self.color_jitter and self.auto_augment and "3a" not in self.auto_augment:
+            raise ValueError(
+                f"color_jitter={self.color_jitter} has no effect beside "
+                f"auto_augment={self.auto_augment}, which timm takes instead; 3a takes both"
+            )
+        return self
+
 
 class OptimConfig(Section):
     """Optimizer, schedule and length."""
+
+    NEEDS = {
+        "bce_target_thresh": ("bce_loss",),
+        "model_ema_decay": ("model_ema",),
+        "model_ema_warmup": ("model_ema",),
+        "distill_kwargs": ("distill_teacher",),
+        "distill_type": ("distill_teacher",),
+        "distill_share": ("distill_teacher",),
+        "distill_temperature": ("distill_teacher",),
+        "decay_epochs": ("sched",),
+        "decay_rate": ("sched",),
+    }
 
     opt: str = "adamw"
     """timm's optimizer name."""
@@ -262,89 +317,3 @@ SECTIONS: dict[str, type[Section]] = {
     "optim": OptimConfig,
     "run": RunConfig,
 }
-
-
-def shipped_configs() -> list[str]:
-    """Names of the configurations that ship with the package, such as "quickstart"."""
-    files = CONFIG_FOLDER.rglob("*.yaml")
-    return sorted(f.relative_to(CONFIG_FOLDER).with_suffix("").as_posix() for f in files)
-
-
-def find_config(name: str) -> Path:
-    """The file of that path, or the shipped one of that name."""
-    if Path(name).is_file():
-        return Path(name)
-    shipped = CONFIG_FOLDER / f"{name.removeprefix('configs/').removesuffix('.yaml')}.yaml"
-    if shipped.is_file():
-        return shipped
-    raise UserError(
-        f"no configuration {name!r}: neither a file nor one that ships; "
-        f"shipped: {', '.join(shipped_configs())}"
-    )
-
-
-def load_config(
-    name: str | None = None, overrides: dict[str, dict[str, Any]] | None = None
-) -> Config:
-    """Read a YAML file (None: the defaults), lay `overrides` over it and check the result.
-
-    Args:
-        name: a path, or the name of a configuration that ships.
-        overrides: {section: {key: value}}.
-    Raises:
-        UserError: for a file that is no YAML mapping, an unknown key or an unfit value.
-    """
-    values: dict[str, Any] = {}
-    path = None
-    if name is not None:
-        path = find_config(name)
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise UserError(f"cannot read {path}: {one_line(error)}") from error
-        values = {} if values is None else values
-        if not isinstance(values, dict):
-            raise UserError(
-                f"{path} must be a mapping of {', '.join(SECTIONS)}, got {values!r:.80}"
-            )
-        values = {key: {} if value is None else value for key, value in values.items()}
-    overrides = overrides or {}
-    for section, keys in overrides.items():
-        given = values.setdefault(section, {})
-        if isinstance(given, dict):
-            given.update(keys)
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        section, *rest = error.errors()[0]["loc"] or ("",)
-        typed = path is None or (rest and rest[0] in overrides.get(str(section), {}))
-        source = "" if typed else f"{path}: "
-        raise UserError(f"{source}{one_line(_explain(error))}") from error
-
-
-def nearest(word: str, words: list[str]) -> str:
-    """'; did you mean X?' for the closest of `words`, or ''."""
-    close = difflib.get_close_matches(word, words, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def _explain(error: ValidationError) -> str:
-    """The first complaint of pydantic as one line, with the nearest key where one is unknown."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] != "extra_forbidden":
-        value = "" if isinstance(first["input"], dict) else f"={first['input']!r}"
-        return f"{where}{value} does not fit: {first['msg'].removeprefix('Value error, ')}"
-    key = str(first["loc"][-1])
-    if len(first["loc"]) == 1:
-        homes = {k: s for s, section in SECTIONS.items() for k in section.model_fields}
-        if key in homes:
-            return f"unknown section {key!r}; it is a key of {homes[key]!r}: {homes[key]}.{key}"
-        return f"unknown section {key!r}{nearest(key, list(SECTIONS))}"
-    section = str(first["loc"][0])
-    homes = [s for s, other in SECTIONS.items() if key in other.model_fields]
-    if homes:
-        return f"unknown key {where!r}; did you mean {homes[0]}.{key}?"
-    every = [k for other in SECTIONS.values() for k in other.model_fields]
-    in_section = nearest(key, list(SECTIONS[section].model_fields))
-    return f"unknown key {where!r}{in_section or nearest(key, every)}"

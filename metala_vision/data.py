@@ -1,17 +1,11 @@
-"""Which images are for training and which held out, and the loaders of both.
+"""From images to batches: datasets and loaders. timm builds the transforms."""
 
-timm builds the transforms.
-"""
-
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from sklearn.model_selection import train_test_split
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -19,11 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 from .config import DataConfig, ModelConfig
 from .errors import UnreadableImage, UserError, one_line
 from .sampling import AUGMENTATION, REPLACEMENT, EpochBatches, Key, seeded, stream
-from .sources import DigitsSource, FolderSource, Source, convert
+from .sources import Source, convert
+from .splits import Split
 
-DATA_VARIABLE = "METALA_VISION_DATA"
-VAL_NAMES = ("val", "validation")
-SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test")
 REPLACEMENTS = 20  # tries for one that can
 
 
@@ -133,112 +125,6 @@ class Unreadable:
                 f"{line}; {count} of {images:,} {self.what} images cannot be read, more than "
                 f"data.max_unreadable={self.accepted}"
             )
-
-
-@dataclass
-class Split:
-    """Where the training and the held-out images come from; `root` is None for the digits."""
-
-    root: Path | None
-    train: Source
-    train_indices: Sequence[int]
-    val: Source
-    val_indices: Sequence[int]
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.train.classes)
-
-
-def find_split(config: DataConfig) -> Split:
-    """Locate the images and decide which are held out.
-
-    Raises:
-        UserError: a missing or empty folder, a single class, no held-out images, a class that
-            only the held-out part has.
-    """
-    seed = config.split_seed
-    if config.dataset == "digits":
-        if config.data_dir is not None:
-            raise UserError(
-                f"data.dataset='digits' takes no data folder, got {config.data_dir}; "
-                "for a folder give --dataset folder"
-            )
-        return _hold_out(None, DigitsSource(), config.val_fraction or 0.2, seed, "the digits")
-    root = _data_root(config)
-    train_dir = root / "train"
-    val_dir = next((root / name for name in VAL_NAMES if (root / name).is_dir()), None)
-    if val_dir is None or not train_dir.is_dir():
-        if config.val_fraction is None:
-            found = sorted(p.name for p in root.iterdir())
-            listed = (
-                ", ".join(found[:5]) + (" ..." if len(found) > 5 else "") if found else "nothing"
-            )
-            raise UserError(
-                f"{root} needs train/ and val/ with one folder per class, found {listed}; "
-                "to hold out part of one tree of class folders give --val-fraction 0.1"
-            )
-        tree = train_dir if train_dir.is_dir() else root
-        splits = [p.name for p in tree.iterdir() if p.is_dir() and p.name.lower() in SPLIT_NAMES]
-        if splits:
-            raise UserError(
-                f"{tree} holds {splits[0]}/, which is no class; the parts must be named train/ and "
-                "val/, or --data-dir be the tree to hold out from"
-            )
-        return _hold_out(root, FolderSource(tree), config.val_fraction, seed, str(tree))
-    if config.val_fraction is not None:
-        raise UserError(
-            f"val_fraction={config.val_fraction} was given, but {val_dir} exists; drop one"
-        )
-    train = FolderSource(train_dir)
-    _check_classes(train, str(train_dir))
-    val = FolderSource(val_dir, train.classes)
-    return Split(root, train, range(len(train.targets)), val, range(len(val.targets)))
-
-
-def _data_root(config: DataConfig) -> Path:
-    named = config.data_dir or os.environ.get(DATA_VARIABLE)
-    if not named:
-        raise UserError(f"no data folder: give --data-dir DIR or set {DATA_VARIABLE}")
-    root = Path(named).expanduser()
-    if not root.is_dir():
-        what = "is not a folder" if root.exists() else "does not exist"
-        raise UserError(f"data folder {root} {what}")
-    try:
-        next(root.iterdir(), None)
-    except OSError as error:
-        raise UserError(f"cannot read data folder {root}: {error.strerror}") from error
-    return root
-
-
-def _check_classes(source: Source, where: str) -> None:
-    if len(source.classes) < 2:
-        raise UserError(
-            f"{where} has one class, {source.classes[0]!r}; at least two class folders are needed"
-        )
-
-
-def _hold_out(root: Path | None, source: Source, fraction: float, seed: int, where: str) -> Split:
-    """The same fraction of each class, drawn with the seed."""
-    _check_classes(source, where)
-    sizes = np.bincount(source.targets, minlength=len(source.classes))
-    if sizes.min() < 2:
-        name = source.classes[int(sizes.argmin())]
-        raise UserError(
-            f"cannot hold out {fraction} of each class of {where}: class {name!r} has one image"
-        )
-    try:
-        parts: Any = train_test_split(
-            range(len(source.targets)),
-            test_size=fraction,
-            random_state=seed,
-            stratify=source.targets,
-        )
-    except ValueError as error:
-        raise UserError(
-            f"cannot hold out {fraction} of each class of {where}: {one_line(error)}"
-        ) from error
-    return Split(root, source, parts[0], source, parts[1])
 
 
 @dataclass

@@ -1,9 +1,17 @@
 """What goes wrong by a user's mistake, as one clear line."""
 
+import difflib
+
 
 def one_line(text: object) -> str:
     """Any message with its line breaks and runs of blanks as single blanks."""
     return " ".join(str(text).split())
+
+
+def nearest(word: str, words: list[str]) -> str:
+    """'; did you mean X?' for the closest of `words`, or ''."""
+    close = difflib.get_close_matches(word, words, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 class UserError(Exception):

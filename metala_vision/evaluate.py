@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from . import models  # noqa: F401  (registers ours with timm)
-from .config import nearest
 from .data import ImageData, Unreadable
-from .errors import UserError, one_line
+from .errors import UserError, nearest, one_line
 from .sources import FolderSource, Source
 from .train import device_accelerator
 

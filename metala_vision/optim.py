@@ -9,8 +9,8 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from .config import OptimConfig, nearest
-from .errors import UserError, one_line
+from .config import OptimConfig
+from .errors import UserError, nearest, one_line
 
 
 def peak_lr(config: OptimConfig, global_batch: int) -> float:

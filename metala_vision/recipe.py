@@ -10,8 +10,8 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from .config import DataConfig, ModelConfig, OptimConfig, nearest
-from .errors import UserError, one_line
+from .config import DataConfig, ModelConfig, OptimConfig
+from .errors import UserError, nearest, one_line
 from .sampling import MIXING, seeded, stream
 
 

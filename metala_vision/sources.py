@@ -1,8 +1,10 @@
-"""Where images come from: folders of classes, or scikit-learn's digits."""
+"""Where images come from: class folders, or the digits of scikit-learn; archives.py has more."""
 
+import hashlib
+import json
 import warnings
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from PIL import Image
@@ -28,6 +30,34 @@ class Source(Protocol):
         """What a report calls the image."""
         ...
 
+    def __len__(self) -> int:
+        """Number of images."""
+        ...
+
+    def key(self, index: int) -> str:
+        """What names the image wherever the data lies."""
+        ...
+
+
+def fingerprint(source: Source) -> str:
+    """sha256 of the classes, and of each image's key and label: the same for the same data set."""
+    seen = hashlib.sha256(json.dumps(source.classes).encode())
+    for index, label in enumerate(source.targets):
+        seen.update(f"\n{label} {source.key(index)}".encode(errors="surrogateescape"))
+    return seen.hexdigest()
+
+
+def decode(file: Path | BinaryIO, name: str) -> Image.Image:
+    """The image of a file, read whole; raises UnreadableImage naming it where that fails."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of fields that do not matter, image after image
+            with Image.open(file) as image:
+                image.load()
+                return image
+    except Exception as error:  # a damaged file makes a decoder raise anything
+        raise UnreadableImage(f"cannot read image {name}: {one_line(error)}") from error
+
 
 class FolderSource:
     """A tree of class folders: root/CLASS/.../image, hidden folders left out.
@@ -42,6 +72,7 @@ class FolderSource:
     """
 
     def __init__(self, root: Path, classes: list[str] | None = None) -> None:
+        self.root = root
         folders = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != ".")
         if not folders:
             raise UserError(f"{root} has no class folders")
@@ -58,19 +89,18 @@ class FolderSource:
         if missing:
             raise UserError(f"no image in class folder {root / folders[missing[0]]}; {_ENDINGS}")
 
+    def __len__(self) -> int:
+        return len(self.targets)
+
     def image(self, index: int) -> Image.Image:
-        path, _ = self.samples[index]
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of fields that do not matter, image after image
-                with Image.open(path) as image:
-                    image.load()
-                    return image
-        except Exception as error:  # a damaged file makes a decoder raise anything
-            raise UnreadableImage(f"cannot read image {path}: {one_line(error)}") from error
+        return decode(Path(self.samples[index][0]), self.name(index))
 
     def name(self, index: int) -> str:
         return str(self.samples[index][0])
+
+    def key(self, index: int) -> str:
+        # A million of them: pathlib takes seconds.
+        return str(self.samples[index][0])[len(str(self.root)) + 1 :]
 
 
 class DigitsSource:
@@ -85,8 +115,13 @@ class DigitsSource:
     def image(self, index: int) -> Image.Image:
         return Image.fromarray(self.images[index])
 
+    def __len__(self) -> int:
+        return len(self.targets)
+
     def name(self, index: int) -> str:
         return f"digit {index}"
+
+    key = name
 
 
 def convert(image: Image.Image, mode: str) -> Image.Image:

@@ -18,10 +18,10 @@ from tqdm import tqdm
 from . import models  # noqa: F401  (registers ours with timm)
 from .card import write_card
 from .checkpoint import copy_checkpoint, save_checkpoint
-from .config import Config, ModelConfig, nearest
-from .data import Unreadable, create_loaders, find_split
+from .config import Config, ModelConfig
+from .data import Unreadable, create_loaders
 from .engine import Evaluation, Interval, Training, evaluate, steps_of, train_epoch
-from .errors import UserError, one_line
+from .errors import UserError, nearest, one_line
 from .optim import create_optimizer, create_scheduler, peak_lr, run_length
 from .plots import learning_curve
 from .recipe import (
@@ -32,6 +32,7 @@ from .recipe import (
     create_teacher,
 )
 from .run_folder import RunFolder, read_metrics
+from .splits import find_split
 from .trackers import check_trackers, start_trackers, track
 
 # Without a progress bar (output to a file), a line is printed this often, in seconds.

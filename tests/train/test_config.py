@@ -7,7 +7,8 @@ import timm
 import yaml
 
 from metala_vision.cli import parse_config
-from metala_vision.config import SECTIONS, Config, load_config, shipped_configs
+from metala_vision.config import SECTIONS, Config
+from metala_vision.config_file import load_config, shipped_configs
 from metala_vision.errors import UserError
 from metala_vision.layers import TokenConv
 

@@ -10,15 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from metala_vision.config import DataConfig, ModelConfig, load_config
-from metala_vision.data import (
-    DATA_VARIABLE,
-    create_loaders,
-    find_split,
-)
+from metala_vision.config import DataConfig, ModelConfig
+from metala_vision.config_file import load_config
+from metala_vision.data import create_loaders
 from metala_vision.errors import UserError
 from metala_vision.sampling import EpochBatches, Key
 from metala_vision.sources import DigitsSource, convert
+from metala_vision.splits import DATA_VARIABLE, find_split
 from metala_vision.train import create_model
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 
-from metala_vision.config import load_config, shipped_configs
+from metala_vision.config_file import load_config, shipped_configs
 from metala_vision.train import train
 
 TABLE = Path(__file__).with_name("golden.json")

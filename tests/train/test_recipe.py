@@ -7,7 +7,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from metala_vision.config import ModelConfig, OptimConfig, load_config
+from metala_vision.config import ModelConfig, OptimConfig
+from metala_vision.config_file import load_config
 from metala_vision.engine import Training, train_epoch
 from metala_vision.optim import create_optimizer, create_scheduler, peak_lr, run_length
 from metala_vision.recipe import Teacher

@@ -15,7 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from metala_vision.cli import main
-from metala_vision.config import SECTIONS, Config, ModelConfig, OptimConfig, load_config
+from metala_vision.config import SECTIONS, Config, ModelConfig, OptimConfig
+from metala_vision.config_file import load_config
 from metala_vision.engine import Training, evaluate, train_epoch
 from metala_vision.optim import create_optimizer, create_scheduler, peak_lr
 from metala_vision.train import create_model, train
@@ -194,6 +195,8 @@ TAUGHT = [
 ]  # fmt: skip
 # Settings of something that another flag turns on.
 DEPENDENT = [
+    (["--auto-augment", "3a"], ["--color-jitter", "0.9"]),
+    (["--color-jitter", "0.9"], ["--auto-augment", "3a"]),
     (["--mixup", "0.8"], ["--mixup-prob", "0.1"]), (["--mixup", "0.8"], ["--mixup-mode", "elem"]),
     (["--mixup", "0.8", "--cutmix", "1"], ["--mixup-switch-prob", "1"]),
     (["--mixup", "0.8"], ["--mixup-off-epoch", "1"]), (["--mixup", "0.8"], ["--smoothing", "0.3"]),
@@ -269,7 +272,16 @@ def test_every_key_is_tried_by_these_tests():
     tried |= {"--grad-checkpointing", "--channels-last", "--torchcompile", "--max-unreadable"}
     tried |= {"--trackers"}
     tried |= {flag for flag in arguments("x", "y") if flag.startswith("--")}
-    tried |= {"--output", "--val-fraction", "--split-seed", "--dataset"}  # here and in test_data.py
+    tried |= {
+        "--output",
+        "--val-fraction",
+        "--split-seed",
+        "--dataset",
+        "--train-split",
+        "--val-split",
+        "--input-key",
+        "--target-key",
+    }  # here, in test_data.py and test_archives.py
     keys = {key for section in SECTIONS.values() for key in section.model_fields}
     assert tried == {f"--{key.replace('_', '-')}" for key in keys}
 
