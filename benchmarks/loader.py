@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from timm.data import create_dataset, create_loader
 
+from metala_vision.build import create_model
 from metala_vision.config import DataConfig, ModelConfig
 from metala_vision.data import create_loaders
 from metala_vision.sources import FolderSource
 from metala_vision.splits import Split
-from metala_vision.train import create_model
 
 
 def epoch(draw: Callable[[], Any]) -> float:

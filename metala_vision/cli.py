@@ -14,7 +14,7 @@ import yaml
 from ._version import __version__
 from .config import SECTIONS, Config
 from .config_file import load_config, shipped_configs
-from .errors import UserError, nearest, one_line
+from .errors import ReportedError, Stopped, UserError, nearest, one_line
 
 PICTURES = (".png", ".pdf", ".svg")
 COMMANDS = {
@@ -51,9 +51,15 @@ def main(argv: list[str] | None = None, prog: str = "metala-vision", command: st
             command
         ]
         return run(arguments, f"{prog} {command}")
+    except ReportedError:  # by another process
+        return 2
     except UserError as error:
         print(f"{prog}: error: {error.line}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        if str(stopped):
+            print(f"{prog}: {stopped}", file=sys.stderr)
+        return stopped.status
     except KeyboardInterrupt:
         print(f"\n{prog}: interrupted; checkpoints that were complete are kept", file=sys.stderr)
         return 130
@@ -74,6 +80,8 @@ def train_command(argv: list[str], prog: str) -> int:
         # torch tells a machine without an accelerator so at every loader.
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
         result = train(config, name)
+    if int(os.environ.get("RANK", "0")):
+        return 0  # the main process tells
     print(f"curve       {result.run_dir / 'curve.png'}")
     print(f"checkpoint  {result.run_dir / 'last'}  (timm.create_model reads local-dir:FOLDER)")
     print(
@@ -116,6 +124,8 @@ def eval_command(argv: list[str], prog: str) -> int:
         report = evaluate_checkpoint(
             given.pop("checkpoint"), Path(data_dir).expanduser(), **given, model_kwargs=extra
         )
+    if int(os.environ.get("RANK", "0")):
+        return 0  # the main process tells
     print(as_lines(report))
     if out is not None:
         try:
@@ -192,8 +202,15 @@ def parse_config(argv: list[str], prog: str) -> tuple[Config, str]:
             continue
         section, key = dest.split(".")
         overrides.setdefault(section, {})[key] = _value(key, text)
-    config = load_config(given.config, overrides)
-    return config, (given.config or "train").replace("\\", "/").split("/")[-1].removesuffix(".yaml")
+    resume = overrides.get("run", {}).get("resume")
+    if resume not in (None, "auto") and given.config is None:
+        folder = Path(resume).expanduser()
+        given.config, name = str(folder / "config.yaml"), folder.resolve().name
+        if not Path(given.config).is_file():
+            raise UserError(f"--resume {resume}: no run in it, config.yaml is missing")
+    else:
+        name = (given.config or "train").replace("\\", "/").split("/")[-1]
+    return load_config(given.config, overrides), name.removesuffix(".yaml")
 
 
 def _takes_many(annotation: Any) -> bool:

@@ -156,7 +156,7 @@ class DataConfig(Section):
     split_seed: Seed = 0
     """Draws the held-out part; another seed of the run leaves it as it is."""
     batch_size: PositiveInt = 256
-    """Images per step and process."""
+    """Images of a batch on one process."""
     workers: NonNegativeInt = 4
     """Processes that decode images; 0 decodes in the training process."""
     scale: Range = (0.08, 1.0)
@@ -289,17 +289,25 @@ class RunConfig(Section):
     output: UserPath = Path("runs")
     """Folder under which a new run folder is made."""
     run_dir: UserPath | None = None
-    """This run's folder instead; it must be new or empty."""
+    """This run's folder instead; new or empty, unless the run is resumed."""
     seed: Seed = 0
     """Of weights, order and augmentation."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Type of the products; fp16 needs a GPU."""
+    resume: str | None = None
+    """A run's folder to go on with; auto: this run_dir, where it was begun."""
+    checkpoint_minutes: PositiveFloat = 15
+    """Save every so many minutes, besides each evaluation."""
+    checkpoint_hist: PositiveInt = 1
+    """Best checkpoints kept, besides the last two."""
+    max_skipped: NonNegativeInt = 10
+    """Steps in a row whose loss or gradient may be infinite or nan; they are skipped."""
     eval_interval: PositiveInt = 1
     """Evaluate and save every so many epochs, and at the end."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Write the metrics there too; wandb takes its settings from its own variables."""
     log_interval: PositiveInt = 10
-    """Write the loss, and check that it is finite, every so many steps."""
+    """Write the loss every so many steps."""
 
 
 class Config(Section):

@@ -1,5 +1,6 @@
 """From images to batches: datasets and loaders. timm builds the transforms."""
 
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,17 +13,28 @@ from torch.utils.data import DataLoader, Dataset
 
 from .config import DataConfig, ModelConfig
 from .errors import UnreadableImage, UserError, one_line
-from .sampling import AUGMENTATION, REPLACEMENT, EpochBatches, Key, seeded, stream
+from .processes import SIGNALS
+from .sampling import (
+    AUGMENTATION,
+    REPLACEMENT,
+    EpochBatches,
+    EvaluationOrder,
+    Key,
+    seeded,
+    stream,
+)
 from .sources import Source, convert
 from .splits import Split
 
+GRACE = 60  # seconds that a worker outlives a signal
 REPLACEMENTS = 20  # tries for one that can
 
 
 class ImageData(Dataset):
     """Some of a source's images, in order: (transformed image, label).
 
-    One that cannot be read is zeros, and its label -1 - position.
+    One that cannot be read is zeros, and its label -1 - position; so is the position behind the
+    last, which EvaluationOrder fills up with.
 
     Args:
         source: of the images. indices: those taken.
@@ -56,9 +68,11 @@ class ImageData(Dataset):
 
     def __getitem__(self, position: int) -> tuple[Tensor, int]:
         try:
-            return self.sample(position)
+            if position < len(self):
+                return self.sample(position)
         except UnreadableImage:
-            return torch.zeros(self.size), -1 - position
+            pass
+        return torch.zeros(self.size), -1 - position
 
 
 class TrainingData(ImageData):
@@ -90,6 +104,22 @@ class TrainingData(ImageData):
         raise UserError(f"{REPLACEMENTS} images one after the other: {line}")
 
 
+def outlive_signals(worker: int) -> None:
+    """A launcher signals all processes of a run: a worker goes on until the training is saved."""
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: signal.alarm(GRACE))
+
+
+def worker_died(error: RuntimeError) -> UserError | None:
+    """What to tell the user, where that is what torch has raised; it may come at any line."""
+    if "DataLoader worker" not in str(error):
+        return None
+    return UserError(
+        f"{one_line(error)} Out of memory is a common cause: fewer --workers need less; with "
+        "--workers 0 an error shows itself"
+    )
+
+
 class Unreadable:
     """Images of one part that could not be read, each reported once, up to the share accepted.
 
@@ -107,20 +137,22 @@ class Unreadable:
         self.accepted, self.report = accepted, report
         self.positions: set[int] = set()
 
-    def __call__(self, position: int) -> None:
-        """Raises UserError where it is one too many."""
-        if position in self.positions:
-            return
-        self.positions.add(position)
-        index = self.indices[position]
-        try:
-            self.source.image(index)
-            line = f"{self.source.name(index)} could be read at the second try alone"
-        except UnreadableImage as error:
-            line = error.line
-        self.report(line)
+    def __call__(self, positions: Sequence[int]) -> None:
+        """Raises UserError where there are too many."""
+        line = ""
+        for position in positions:
+            if position in self.positions or position >= len(self.indices):
+                continue
+            self.positions.add(position)
+            index = self.indices[position]
+            try:
+                self.source.image(index)
+                line = f"{self.source.name(index)} could be read at the second try alone"
+            except UnreadableImage as error:
+                line = error.line
+            self.report(line)
         count, images = len(self.positions), len(self.indices)
-        if count > self.accepted * images:
+        if line and count > self.accepted * images:
             raise UserError(
                 f"{line}; {count} of {images:,} {self.what} images cannot be read, more than "
                 f"data.max_unreadable={self.accepted}"
@@ -130,7 +162,7 @@ class Unreadable:
 @dataclass
 class Loaders:
     """What the training loop draws from. `train` is shuffled by `batches`, which wants to know the
-    epoch; `val` is in order and complete.
+    epoch; `val` is in order and complete. Over several processes, each has its part of both.
 
     preprocessing: of the evaluation, in timm's words; saved with the weights.
     """
@@ -140,11 +172,30 @@ class Loaders:
     val: DataLoader
     preprocessing: dict[str, Any]
 
+    def close(self) -> None:
+        """End the workers now, not when the last reference goes."""
+        for loader in (self.train, self.val):
+            draws: Any = getattr(loader, "_iterator", None)  # of persistent workers
+            if draws is not None:
+                draws._shutdown_workers()
+
 
 def create_loaders(
-    config: DataConfig, model_config: ModelConfig, model: nn.Module, split: Split, seed: int
+    config: DataConfig,
+    model_config: ModelConfig,
+    model: nn.Module,
+    split: Split,
+    seed: int,
+    rank: int = 0,
+    world: int = 1,
 ) -> Loaders:
-    """Transforms and loaders for the model's input size and normalisation."""
+    """Transforms and loaders for the model's input size and normalisation.
+
+    Args:
+        rank, world: this process and the number of processes.
+    """
+    if len(split.train_indices) < world:
+        raise UserError(f"{len(split.train_indices)} training images for {world} processes")
     in_chans = model_config.in_chans
     mode = "RGB" if in_chans == 3 else "L"
     for name in ("mean", "std"):
@@ -195,11 +246,14 @@ def create_loaders(
         "num_workers": config.workers,
         "pin_memory": torch.cuda.is_available(),
         "persistent_workers": config.workers > 0,
+        "worker_init_fn": outlive_signals,
     }
     train_data = TrainingData(
         split.train, split.train_indices, mode, train_transform, input_size, seed=seed
     )
-    batches = EpochBatches(len(train_data), config.batch_size, seed, config.aug_repeats)
+    batches = EpochBatches(
+        len(train_data), config.batch_size, seed, config.aug_repeats, rank, world
+    )
     # A generator of its own: to start an iterator would draw from the global one.
     train = DataLoader(
         train_data, batch_sampler=batches, generator=torch.Generator().manual_seed(seed), **common
@@ -207,6 +261,7 @@ def create_loaders(
     val = DataLoader(
         ImageData(split.val, split.val_indices, mode, val_transform, input_size),
         batch_size=config.batch_size,
+        sampler=EvaluationOrder(len(split.val_indices), rank, world),
         generator=torch.Generator().manual_seed(seed),
         **common,
     )

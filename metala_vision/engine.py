@@ -1,4 +1,4 @@
-"""One epoch of training, one pass of evaluation."""
+"""One epoch of training, one pass of evaluation, on one process or many."""
 
 import contextlib
 import math
@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .errors import UserError
+from .processes import gathered, is_sharded, largest
 from .recipe import Mixing, Teacher
 
 
@@ -28,6 +29,7 @@ class Interval:
     step: int
     epoch: float
     loss: float
+    """Mean over the steps whose loss was finite, and over the processes."""
     lr: float
     img_per_s: float
     waited: float
@@ -48,8 +50,43 @@ class Evaluation:
 
 
 @dataclass
+class Skipped:
+    """A step whose loss or gradient was not finite; it left the weights as they were."""
+
+    step: int
+    epoch: int
+    batches: range
+    """Of the epoch, that the step was made of."""
+    loss: float
+    """Of this process."""
+    in_a_row: int
+
+
+def _ignore(*_: Any) -> None: ...
+
+
+@dataclass
+class Hooks:
+    """What a caller of train_epoch is told, and asked."""
+
+    images: Callable[[int], object] = _ignore
+    """Number of images of each batch, over all processes."""
+    interval: Callable[[Interval], object] = _ignore
+    unreadable: Callable[[list[int]], object] = _ignore
+    """Positions of images that could not be read, with each interval."""
+    skipped: Callable[[Skipped], object] = _ignore
+    asked: Callable[[], tuple[int, bool]] = lambda: (0, False)
+    """Before each step is taken: the number of a signal that ends the run, or 0, and whether to
+    save. What one process says holds for all."""
+    save: Callable[[], object] = _ignore
+    """Behind a step for which that was asked."""
+    stop: Callable[[int], object] = _ignore
+    """Behind it, with the signal's number."""
+
+
+@dataclass
 class Training:
-    """What an epoch of training works with; `step` counts the optimizer steps of the whole run."""
+    """What an epoch of training works with, and where the run stands."""
 
     model: nn.Module
     criterion: nn.Module
@@ -65,14 +102,29 @@ class Training:
     ema: ModelEmaV3 | None = None
     memory_format: torch.memory_format = torch.contiguous_format
     step: int = 0
+    """Optimizer steps taken."""
+    epoch: int = 0
+    """Of the next batch, counted from 0."""
+    place: int = 0
+    """Of the next batch in its epoch."""
+    loss_sum: float = 0.0
+    """Of this process, over the steps since the last interval."""
+    finite_steps: int = 0
+    """Since the last interval."""
+    in_a_row: int = 0
+    """Steps skipped one after the other."""
+    unreadable: list[int] = field(default_factory=list)
+    """Positions found by this process since the last interval."""
 
-    def loss(self, batch: Tensor, target: Tensor, epoch: int, place: int) -> Tensor:
-        """Of one batch, the epoch's `place`-th."""
+    def loss(self, batch: Tensor, target: Tensor) -> Tensor:
+        """Of one batch."""
         batch = batch.to(self.accelerator.device, non_blocking=True)
         batch = batch.to(memory_format=self.memory_format)
         target = target.to(self.accelerator.device, non_blocking=True)
         if self.mixing is not None:
-            batch, target = self.mixing(batch, target, epoch, place)
+            batch, target = self.mixing(
+                batch, target, self.epoch, self.place, self.accelerator.process_index
+            )
         logits = self.model(batch)
         loss = self.criterion(logits, target)
         if self.teacher is not None:
@@ -80,93 +132,128 @@ class Training:
                 loss = self.teacher(loss, logits, batch)
         return loss
 
+    def take_step(self, loss: Tensor, asked: tuple[int, bool]) -> tuple[bool, int, bool]:
+        """Step, unless the loss or the gradient of a process is not finite.
+
+        Args:
+            loss: of the step, on this process. asked: as of Hooks.
+        Returns:
+            Whether all were finite, and `asked` over all processes.
+        """
+        accelerator, optimizer = self.accelerator, self.optimizer
+        numbers = [(~loss.isfinite()).float()]
+        if self.clip_grad is not None:
+            norm = accelerator.clip_grad_norm_(self.model.parameters(), self.clip_grad)
+            if norm is not None:
+                numbers.append((~norm.isfinite()).float())
+        elif accelerator.scaler is None:
+            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+            norm: Any = torch.nn.utils.get_total_norm(grads)
+            norm = norm.full_tensor() if is_sharded(accelerator) else norm
+            numbers.append((~norm.isfinite()).float())
+        # The scaler of fp16 is calibrated by gradients that overflow: those are no fault.
+        faults = numbers[:1] if accelerator.scaler is not None else numbers
+        fault = torch.stack([x.to(accelerator.device) for x in faults]).amax()
+        said = torch.tensor([float(x) for x in asked], device=accelerator.device)
+        bad, signal, save = largest(accelerator, torch.cat([fault[None], said]))
+        finite = not bad
+        # Where there is a scaler it skips the step itself, and must be told of it.
+        stepped = finite or accelerator.scaler is not None
+        if stepped:
+            optimizer.step()
+        self.step += 1
+        if finite and self.ema is not None and not accelerator.optimizer_step_was_skipped:
+            self.ema.update(accelerator.unwrap_model(self.model), step=self.step)
+        return finite, int(signal), bool(save)
+
 
 def steps_of(batches: int, grad_accum_steps: int) -> int:
     """Optimizer steps of an epoch."""
     return math.ceil(batches / grad_accum_steps)
 
 
-def train_epoch(
-    run: Training,
-    loader: DataLoader,
-    epoch: int = 0,
-    on_images: Callable[[int], object] = lambda images: None,
-    on_interval: Callable[[Interval], object] = lambda interval: None,
-    on_unreadable: Callable[[int], object] = lambda position: None,
-) -> None:
-    """Train until the loader or `run.last_step` ends.
+def train_epoch(run: Training, loader: DataLoader, hooks: Hooks | None = None) -> None:
+    """Train from `run.place` until the epoch or `run.last_step` ends.
 
     The loss of a step is the mean over its batches, also of the fewer that the last one may have.
 
     Args:
-        loader: of (images, labels) or (images, labels, positions of images replaced).
-        epoch: counted from 0.
-        on_images: called after each batch with the number of images seen in it.
-        on_interval: called every `run.log_interval` steps and at the end.
-        on_unreadable: called with the position of each image that could not be read.
+        loader: of (images, labels) or (images, labels, positions of images replaced), from batch
+            `run.place` on; its length is that of the whole epoch.
     Raises:
-        UserError: where the loss of an interval, or a weight at the end, is not finite.
+        UserError: where a weight at the end is not finite.
     """
+    hooks = hooks or Hooks()
     model, optimizer, accelerator = run.model, run.optimizer, run.accelerator
     model.train()
-    start, batches = run.step, len(loader)
-    steps = steps_of(batches, run.grad_accum_steps)
-    loss_sum = torch.zeros((), device=accelerator.device)
-    since_step, since_time, images, waited = start, time.perf_counter(), 0, 0.0
+    batches, accum = len(loader), run.grad_accum_steps
+    steps = steps_of(batches, accum)
+    first_step = run.step - run.place // accum
+    loss_sum = torch.tensor(run.loss_sum, device=accelerator.device)
+    window_loss = torch.zeros((), device=accelerator.device)
+    since_time, images, waited = time.perf_counter(), 0, 0.0
     draws = iter(loader)
-    for place in range(batches):
+    for place in range(run.place, batches):
         asked = time.perf_counter()
         batch, target, *unreadable = next(draws)
         waited += time.perf_counter() - asked
         for positions in unreadable:
-            for position in positions[positions >= 0].tolist():
-                on_unreadable(position)
-        in_window = place % run.grad_accum_steps
-        window = min(run.grad_accum_steps, batches - (place - in_window))
+            run.unreadable += positions[positions >= 0].tolist()
+        in_window = place % accum
+        window = min(accum, batches - (place - in_window))
         if in_window == 0:
             run.scheduler.step_update(run.step)
             optimizer.zero_grad()
+            window_loss.zero_()
         completes = in_window == window - 1
         with contextlib.nullcontext() if completes else accelerator.no_sync(model):
-            loss = run.loss(batch, target, epoch, place) / window
+            loss = run.loss(batch, target) / window
             accelerator.backward(loss)
-        loss_sum += loss.detach()
-        images += len(target)
-        on_images(len(target))
+        window_loss += loss.detach()
+        images += len(target) * accelerator.num_processes
+        hooks.images(len(target) * accelerator.num_processes)
+        run.place += 1
         if not completes:
             continue
-        if run.clip_grad is not None:
-            accelerator.clip_grad_norm_(model.parameters(), run.clip_grad)
-        optimizer.step()
-        run.step += 1
-        if run.ema is not None:
-            run.ema.update(accelerator.unwrap_model(model), step=run.step)
-        ends = run.step == run.last_step or run.step - start == steps
-        if ends or (run.step - start) % run.log_interval == 0:
-            mean_loss = loss_sum.item() / (run.step - since_step)
-            lr = max(group["lr"] for group in optimizer.param_groups)
-            if not math.isfinite(mean_loss) or (ends and not has_finite_weights(model)):
-                what = (
-                    f"loss became {mean_loss}"
-                    if not math.isfinite(mean_loss)
-                    else ("weights became infinite or nan")
-                )
-                raise UserError(
-                    f"the {what} between steps {since_step + 1} and {run.step} "
-                    f"(learning rate {lr:.3g}); a lower lr, clip_grad or another mixed_precision "
-                    "may help"
-                )
-            seconds = time.perf_counter() - since_time
-            on_interval(
-                Interval(
-                    run.step, run.step / steps, mean_loss, lr, images / seconds, waited / seconds,
-                    memory_mib(accelerator.device),
-                )
-            )  # fmt: skip
+        finite, signal, save = run.take_step(window_loss, hooks.asked())
+        if finite:
+            loss_sum += window_loss
+            run.finite_steps += 1
+            run.in_a_row = 0
+        else:
+            run.in_a_row += 1
+            window = range(place - in_window, place + 1)
+            hooks.skipped(Skipped(run.step, run.epoch, window, window_loss.item(), run.in_a_row))
+        ends = run.step == run.last_step or run.place == batches
+        if ends or (run.step - first_step) % run.log_interval == 0:
+            if ends and not has_finite_weights(model):
+                raise UserError(f"weights became infinite or nan by step {run.step}")
+            if run.finite_steps:
+                mean_loss: Any = accelerator.reduce(loss_sum.clone(), "mean")
+                lr = max(group["lr"] for group in optimizer.param_groups)
+                seconds = time.perf_counter() - since_time
+                hooks.interval(
+                    Interval(
+                        run.step, run.step / steps, mean_loss.item() / run.finite_steps, lr,
+                        images / seconds, waited / seconds, memory_mib(accelerator.device),
+                    )
+                )  # fmt: skip
+            found = gathered(accelerator, run.unreadable)
+            run.unreadable = []
+            hooks.unreadable(found)
             loss_sum.zero_()
-            since_step, since_time, images, waited = run.step, time.perf_counter(), 0, 0.0
+            run.finite_steps = 0
+            since_time, images, waited = time.perf_counter(), 0, 0.0
+        if run.place == batches:
+            run.epoch, run.place = run.epoch + 1, 0
+        if save or signal:
+            run.loss_sum = loss_sum.item()
+            hooks.save()
+        if signal:
+            hooks.stop(signal)
         if ends:
             break
+    run.loss_sum = 0.0
 
 
 def memory_mib(device: torch.device) -> float:
@@ -187,35 +274,37 @@ def evaluate(
     model: nn.Module,
     loader: DataLoader,
     accelerator: Accelerator,
-    on_unreadable: Callable[[int], object] = lambda position: None,
+    on_unreadable: Callable[[list[int]], object] = _ignore,
 ) -> Evaluation:
-    """Top-1, top-5 (top-n for n < 5 classes) and loss, each held-out image counted once; those that
-    cannot be read (label -1 - position) are left out, named and counted.
+    """Top-1, top-5 (top-n for n < 5 classes) and loss, each held-out image counted once over all
+    processes; those that cannot be read (label -1 - position) are left out, named and counted.
 
+    Args:
+        loader: of this process's (images, labels).
     Raises:
         UserError: where the loss is not finite.
     """
     model.eval()
-    sums, unreadable = torch.zeros(5, dtype=torch.float64), 0
+    sums, unreadable = torch.zeros(4, dtype=torch.float64), []
     for batch, target in loader:
-        logits = model(batch).float()
+        logits = model(batch.to(accelerator.device, non_blocking=True)).float()
+        target = target.to(logits.device)
         read = target >= 0
         loss = F.cross_entropy(logits, target.clamp_min(0), reduction="none")
         loss = torch.where(read, loss, 0.0)
-        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        hits = ranked == target[:, None]
-        per_image = torch.stack(
-            [x.double() for x in (hits[:, 0], hits.any(1), loss, read, target)], 1
-        )
-        gathered: Any = accelerator.gather_for_metrics(per_image)
-        for label in gathered[gathered[:, 4] < 0, 4].tolist():
-            on_unreadable(-1 - int(label))
-            unreadable += 1
-        sums += gathered.cpu().double().sum(0)
-    top1, top5, loss_sum, images, _ = sums.tolist()
+        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == target[:, None]
+        per_image = torch.stack([x.float() for x in (hits[:, 0], hits.any(1), loss, read)], 1)
+        unreadable += (-1 - target[~read]).tolist()
+        sums += per_image.cpu().double().sum(0)
+    every = gathered(accelerator, [(sums.tolist(), unreadable)])
+    top1, top5, loss_sum, images = (math.fsum(own[i] for own, _ in every) for i in range(4))
+    positions = sorted(position for _, own in every for position in own)
+    size = len(loader.dataset)  # pyright: ignore[reportArgumentType]
+    positions = [position for position in positions if position < size]
+    on_unreadable(positions)
     if not images:
-        raise UserError(f"none of the {unreadable} images of the evaluation can be read")
+        raise UserError(f"none of the {len(positions)} images of the evaluation can be read")
     if not math.isfinite(loss_sum):
         raise UserError(f"the loss of the evaluation is {loss_sum}")
     accuracy = [100 * hits / images for hits in (top1, top5)]
-    return Evaluation(accuracy[0], accuracy[1], loss_sum / images, int(images), unreadable)
+    return Evaluation(accuracy[0], accuracy[1], loss_sum / images, int(images), len(positions))

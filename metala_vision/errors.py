@@ -32,3 +32,15 @@ class UserError(Exception):
 
 class UnreadableImage(UserError):
     """An image file that cannot be decoded."""
+
+
+class ReportedError(UserError):
+    """An error that another process tells the user."""
+
+
+class Stopped(Exception):
+    """A signal ended the run, which is saved; `status` is the exit status that shells give it."""
+
+    def __init__(self, number: int, line: str) -> None:
+        super().__init__(line)
+        self.status = 128 + number

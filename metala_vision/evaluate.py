@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from . import models  # noqa: F401  (registers ours with timm)
-from .data import ImageData, Unreadable
+from .data import ImageData, Unreadable, worker_died
 from .errors import UserError, nearest, one_line
+from .processes import create_accelerator, gathered
+from .sampling import EvaluationOrder
 from .sources import FolderSource, Source
-from .train import device_accelerator
 
 BINS = 15  # of the calibration error
 
@@ -120,32 +121,39 @@ def calibration_error(confidence: Tensor, right: Tensor) -> float:
 def predict(
     model: nn.Module, loader: DataLoader, accelerator: Accelerator, unreadable: Unreadable
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
-    """For every image that can be read, in order: label, five guesses, confidence and loss, on the
-    CPU; and images a second of the model alone."""
+    """For every image that can be read, in order and over all processes: label, five guesses,
+    confidence and loss, on the CPU; and images a second of the model alone.
+
+    Args:
+        loader: of this process's (images, labels), in the order of its sampler.
+    """
     parts: list[Tensor] = []
     seconds, images = 0.0, 0
     for batch, target in loader:
         start = time.perf_counter()
-        logits = model(batch).float()
+        target = target.to(accelerator.device)
+        with accelerator.autocast():
+            logits = model(batch.to(accelerator.device)).float()
         ranked = logits.softmax(1).topk(min(5, logits.shape[1]), dim=1)
         loss = F.cross_entropy(logits, target.clamp_min(0), reduction="none")
-        row = torch.cat([x.double() for x in (
-            target[:, None], loss[:, None], ranked.values[:, :1], ranked.indices,
-        )], 1)  # fmt: skip
-        gathered: Any = accelerator.gather_for_metrics(row)
-        gathered = gathered.cpu()  # waits for the device
+        row = [target[:, None], loss[:, None], ranked.values[:, :1], ranked.indices]
+        row = torch.cat([x.cpu().double() for x in row], 1)  # waits for the device
         if len(parts) == 1:  # the first batch warms up, unless it is the only one
             seconds, images = 0.0, 0
         seconds += time.perf_counter() - start
-        images += len(gathered)
-        parts.append(gathered)
-    rows = torch.cat(parts)
-    for label in rows[rows[:, 0] < 0, 0].tolist():
-        unreadable(-1 - int(label))
+        images += len(row)
+        parts.append(row)
+    positions = torch.tensor(list(loader.sampler))
+    own = torch.cat([positions[:, None].double(), torch.cat(parts)], 1)
+    every = gathered(accelerator, [(own, seconds, images)])
+    rows = torch.cat([own for own, _, _ in every])
+    rows = rows[rows[:, 0].argsort(stable=True), 1:]
+    unreadable([-1 - int(label) for label in rows[rows[:, 0] < 0, 0].tolist()])
     rows = rows[rows[:, 0] >= 0]
     if not len(rows):
         raise UserError("none of the images can be read")
-    return rows[:, 0].long(), rows[:, 3:].long(), rows[:, 2], rows[:, 1], images / seconds
+    rate = sum(images for *_, images in every) / max(seconds for _, seconds, _ in every)
+    return rows[:, 0].long(), rows[:, 3:].long(), rows[:, 2], rows[:, 1], rate
 
 
 def evaluate_checkpoint(
@@ -171,7 +179,7 @@ def evaluate_checkpoint(
     Raises:
         UserError: for what the user can mend.
     """
-    accelerator = device_accelerator(mixed_precision)
+    accelerator = create_accelerator(mixed_precision)
     model_kwargs = model_kwargs or {}
     refused = {"in_chans", "img_size", "device", "dtype"} & set(model_kwargs)
     if refused:
@@ -201,10 +209,15 @@ def evaluate_checkpoint(
     )  # fmt: skip
     indices = [i for i in range(len(source.targets)) if many is None or many.of[i]]
     data = ImageData(source, indices, "RGB" if size[0] == 3 else "L", transform, size)
-    loader = DataLoader(data, batch_size=batch_size, num_workers=workers)
-    unreadable = Unreadable(source, indices, "evaluated", max_unreadable, print)
-    model, loader = accelerator.prepare(model, loader)
-    target, guesses, confidence, loss, rate = predict(model, loader, accelerator, unreadable)
+    order = EvaluationOrder(len(data), accelerator.process_index, accelerator.num_processes)
+    loader = DataLoader(data, batch_size=batch_size, sampler=order, num_workers=workers)
+    say = print if accelerator.is_main_process else lambda line: None
+    unreadable = Unreadable(source, indices, "evaluated", max_unreadable, say)
+    model.to(accelerator.device)
+    try:
+        target, guesses, confidence, loss, rate = predict(model, loader, accelerator, unreadable)
+    except RuntimeError as error:
+        raise worker_died(error) or error from error
     hits = guesses == target[:, None]
     if many is not None:
         kept = [i for n, i in enumerate(indices) if n not in unreadable.positions]

@@ -18,6 +18,9 @@ from .sampling import MIXING, seeded, stream
 class Mixing:
     """Mixup and CutMix by timm, drawn from (seed, epoch, place of the batch in its epoch).
 
+    With mode "batch" all processes mix alike, as one process would the whole batch; with "pair" and
+    "elem" each draws for itself.
+
     Labels become distributions; from `mixup_off_epoch` on they are smoothed, and images left alone.
     """
 
@@ -31,10 +34,13 @@ class Mixing:
             label_smoothing=smoothing, num_classes=num_classes,
         )  # fmt: skip
 
-    def __call__(self, batch: Tensor, target: Tensor, epoch: int, place: int) -> tuple[Any, Any]:
-        """place: of the batch in its epoch, counted from 0 as epochs are."""
+    def __call__(
+        self, batch: Tensor, target: Tensor, epoch: int, place: int, rank: int = 0
+    ) -> tuple[Any, Any]:
+        """place: of the batch in its epoch, counted from 0 as epochs are. rank: of the process."""
+        where = (epoch, place) if self.mix.mode == "batch" or rank == 0 else (epoch, place, rank)
         self.mix.mixup_enabled = self.off_epoch is None or epoch < self.off_epoch
-        with seeded(stream(self.seed, MIXING, epoch, place)):
+        with seeded(stream(self.seed, MIXING, *where)):
             return self.mix(batch, target)
 
 

@@ -6,11 +6,12 @@ changes.patch      uncommitted changes of the code, where there were any
 metrics.jsonl      a line per logged interval and per evaluation
 curve.png          loss and accuracy over the steps
 README.md          the model card
-best/, last/       checkpoints
+checkpoints/       the newest two and the best, see checkpoint.py; last and best point to two
 """
 
 import contextlib
 import errno
+import fcntl
 import importlib.metadata
 import itertools
 import json
@@ -20,55 +21,139 @@ import subprocess
 import sys
 import time
 from datetime import datetime
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from .config import Config
+from .config import SECTIONS, Config
+from .config_file import load_config
 from .errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
+CONFIG_FILE = "config.yaml"
+ENVIRONMENT_FILE = "environment.json"
+LOCK_FILE = ".lock"
 PACKAGES = (
     "metala-vision", "torch", "torchvision", "timm", "accelerate", "numpy", "triton", "safetensors",
 )  # fmt: skip
 
 
+# What may change from one part of a run to the next: it leaves weights and metrics as they are.
+FREE_KEYS = {
+    "data": {"data_dir", "workers", "max_unreadable"},
+    "run": {
+        "output", "run_dir", "resume", "trackers", "checkpoint_minutes", "checkpoint_hist",
+        "max_skipped",
+    },
+}  # fmt: skip
+
+
 class RunFolder:
-    """A new run folder.
+    """The folder of a run that begins, or goes on.
 
     Args:
         config: the resolved configuration; run.run_dir names the folder, else a fresh one is made
-            under run.output from `name` and the time.
+            under run.output from `name` and the time. With run.resume it may hold a run already,
+            of the same configuration.
+        processes: of the run.
     Raises:
-        UserError: where it cannot be written or is not empty.
+        UserError: where it cannot be written, is not empty, holds another run, or one that is
+            being trained.
     """
 
-    def __init__(self, config: Config, name: str) -> None:
+    def __init__(self, config: Config, name: str, processes: int = 1) -> None:
+        self.lock: TextIOWrapper | None = None
         try:
             self.path = config.run.run_dir or _fresh_folder(config.run.output, name)
             _make_folder(self.path)
-            held = sorted(p.name for p in self.path.iterdir())
-            if held:
-                raise UserError(
-                    f"{self.path} is not empty, it holds {held[0]}; name a new --run-dir"
-                )
-            resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-            (self.path / "config.yaml").write_text(resolved, encoding="utf-8")
-            describe_environment(self.path)
-            self.metrics = (self.path / METRICS_FILE).open("w", encoding="utf-8")
+            self.start = time.perf_counter()
+            self._open(config, processes)
+        except UserError:
+            self._unlock()
+            raise
         except OSError as error:
+            self._unlock()
             where = config.run.run_dir or config.run.output
             raise UserError(f"cannot write the run folder {where}: {error.strerror}") from error
-        self.start = time.perf_counter()
+
+    def _open(self, config: Config, processes: int) -> None:
+        held = sorted(p.name for p in self.path.iterdir() if p.name != LOCK_FILE)
+        begun = CONFIG_FILE in held
+        if held and config.run.resume is None:
+            again = " or --resume auto" if begun else ""
+            raise UserError(
+                f"{self.path} is not empty, it holds {held[0]}; name a new --run-dir{again}"
+            )
+        if held and not begun:
+            raise UserError(f"{self.path} holds {held[0]}, but no run: no {CONFIG_FILE}")
+        self._lock()
+        if begun:
+            self._check_processes(processes)
+            check_resumable(config, self.path / CONFIG_FILE)
+            count = len(list(self.path.glob("environment*.json")))
+            describe_environment(self.path, f"environment-{count + 1}.json", processes)
+        else:
+            resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+            (self.path / CONFIG_FILE).write_text(resolved, encoding="utf-8")
+            describe_environment(self.path, ENVIRONMENT_FILE, processes)
+        # Opened at its beginning: `rewind` says from where on a resumed run writes.
+        (self.path / METRICS_FILE).touch()
+        self.metrics = (self.path / METRICS_FILE).open("r+b")
+
+    def _check_processes(self, processes: int) -> None:
+        try:
+            facts = json.loads((self.path / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
+            before = facts["processes"]
+        except (OSError, ValueError, LookupError, TypeError):  # killed while it was written
+            return
+        if before != processes:
+            raise UserError(
+                f"the run in {self.path} is on {before} process(es), this is {processes}: an exact "
+                "resume needs as many"
+            )
+
+    def _lock(self) -> None:
+        """For as long as this process lives."""
+        self.lock = (self.path / LOCK_FILE).open("a")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process is training in {self.path}") from error
+
+    def _unlock(self) -> None:
+        if self.lock is not None:
+            self.lock.close()
+
+    def rewind(self, metrics_bytes: int, seconds: float) -> None:
+        """Go back to the metrics of a checkpoint, and go on with its clock.
+
+        Raises:
+            UserError: where the file is shorter.
+        """
+        path = self.path / METRICS_FILE
+        if path.stat().st_size < metrics_bytes:
+            raise UserError(f"{path} is shorter than it was at the checkpoint")
+        self.metrics.truncate(metrics_bytes)
+        self.metrics.seek(metrics_bytes)
+        self.start = time.perf_counter() - seconds
+
+    def metrics_bytes(self) -> int:
+        """Length of the metrics so far."""
+        return self.metrics.tell()
+
+    def seconds(self) -> float:
+        """Of the run so far, without the time it was stopped."""
+        return time.perf_counter() - self.start
 
     def log(self, event: str, **values: Any) -> None:
         """Append a line to metrics.jsonl; `seconds` counts from the start of the run."""
-        seconds = round(time.perf_counter() - self.start, 3)
+        seconds = round(self.seconds(), 3)
         line = json.dumps({"event": event, **values, "seconds": seconds}, allow_nan=False)
         try:
-            self.metrics.write(line + "\n")
+            self.metrics.write((line + "\n").encode())
             self.metrics.flush()
         except OSError as error:
             raise UserError(f"cannot write {self.path / METRICS_FILE}: {error.strerror}") from error
@@ -77,6 +162,43 @@ class RunFolder:
         """Close the metrics; every line was flushed when it was written."""
         with contextlib.suppress(OSError):
             self.metrics.close()
+        self._unlock()
+
+
+def resumed_config(config: Config) -> Config:
+    """The same, with the folder that run.resume names as its run_dir.
+
+    Raises:
+        UserError: for a folder that holds no run.
+    """
+    resume = config.run.resume
+    if resume is None:
+        return config
+    config = config.model_copy(deep=True)
+    if resume == "auto":
+        if config.run.run_dir is None:
+            raise UserError("run.resume='auto' goes on with the run in --run-dir, which is missing")
+        return config
+    folder = Path(resume).expanduser()
+    if not (folder / CONFIG_FILE).is_file():
+        raise UserError(f"run.resume={resume!r}: no run in it, {CONFIG_FILE} is missing")
+    if config.run.run_dir not in (None, folder):
+        raise UserError(f"run.resume={resume!r}, but run.run_dir is {config.run.run_dir}; drop it")
+    config.run.run_dir = folder
+    return config
+
+
+def check_resumable(config: Config, path: Path) -> None:
+    """UserError where a run of another configuration lies there, naming the first difference."""
+    before = load_config(str(path))
+    for section in SECTIONS:
+        now, then = (getattr(c, section).model_dump() for c in (config, before))
+        for key, value in now.items():
+            if key not in FREE_KEYS.get(section, ()) and value != then[key]:
+                raise UserError(
+                    f"{section}.{key} is {value!r}, the run in {path.parent} has {then[key]!r}: "
+                    "a resumed run keeps its configuration"
+                )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -85,8 +207,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def describe_environment(folder: Path) -> None:
-    """Write environment.json, and changes.patch where tracked code differs from its commit."""
+def describe_environment(folder: Path, name: str, processes: int) -> None:
+    """Write `name`, and a patch where tracked code differs from its commit."""
     commit = _git("rev-parse", "HEAD")
     changes = _git("diff", "HEAD", "--binary") if commit else None
     versions = {}
@@ -105,11 +227,13 @@ def describe_environment(folder: Path) -> None:
         "platform": platform.platform(),
         "cpu_cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
+        "processes": processes,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
-    (folder / "environment.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    (folder / name).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     if changes:
-        (folder / "changes.patch").write_bytes(changes)
+        patch = Path(name).stem.replace("environment", "changes")
+        (folder / f"{patch}.patch").write_bytes(changes)
 
 
 def _fresh_folder(output: Path, name: str) -> Path:

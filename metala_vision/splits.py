@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ VAL_NAMES = ("val", "validation")
 SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test")
 
 
-@dataclass
+@dataclass(eq=False)
 class Split:
     """Where the training and the held-out images come from; `root` is None where no folder is."""
 
@@ -35,6 +36,7 @@ class Split:
     def num_classes(self) -> int:
         return len(self.train.classes)
 
+    @cached_property
     def fingerprint(self) -> str:
         """The same for the same images, labels and parts."""
         parts = f"{list(self.train_indices)} {list(self.val_indices)}"

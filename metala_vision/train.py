@@ -1,47 +1,32 @@
-"""A training run from start to end: data, model, optimizer, loop, report."""
+"""A training run from start to end, or from where it was stopped: loop, checkpoints, report."""
 
 import dataclasses
-import math
-import os
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from torch import nn
 from tqdm import tqdm
 
-from . import models  # noqa: F401  (registers ours with timm)
+from .build import Built, build
 from .card import write_card
-from .checkpoint import copy_checkpoint, save_checkpoint
-from .config import Config, ModelConfig
-from .data import Unreadable, create_loaders
-from .engine import Evaluation, Interval, Training, evaluate, steps_of, train_epoch
-from .errors import UserError, nearest, one_line
-from .optim import create_optimizer, create_scheduler, peak_lr, run_length
+from .checkpoint import Checkpoints, load_state, load_weights
+from .config import Config
+from .data import Unreadable, worker_died
+from .engine import Evaluation, Hooks, Interval, Skipped, evaluate, train_epoch
+from .errors import ReportedError, Stopped, UserError
 from .plots import learning_curve
-from .recipe import (
-    compile_model,
-    create_criterion,
-    create_ema,
-    create_mixing,
-    create_teacher,
-)
-from .run_folder import RunFolder, read_metrics
-from .splits import find_split
+from .processes import Signals, agree, create_accelerator
+from .run_folder import RunFolder, read_metrics, resumed_config
+from .state import restore, training_state, weights_of
 from .trackers import check_trackers, start_trackers, track
 
 # Without a progress bar (output to a file), a line is printed this often, in seconds.
 LINE_INTERVAL = 30
-# What timm and torch raise for arguments that do not fit a model.
-BUILD_ERRORS = (
-    ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError,
-    ValueError,
-)  # fmt: skip
+NAMES_TOLD = 3  # images of a step that was skipped, in the error line; all are in the log
 
 
 @dataclass
@@ -54,203 +39,338 @@ class TrainResult:
     best_epoch: int
 
 
-def device_accelerator(mixed_precision: str) -> Accelerator:
-    """accelerate's view of this machine: the GPU where there is one, else the CPU."""
-    has_device = torch.cuda.is_available() or torch.backends.mps.is_available()
-    if mixed_precision == "fp16" and not has_device:
-        raise UserError("run.mixed_precision='fp16' needs a GPU; on a CPU: no, bf16")
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1:
-        raise UserError(f"one process is supported, WORLD_SIZE is {processes}")
-    return Accelerator(cpu=not has_device, mixed_precision=mixed_precision)
-
-
-def create_model(config: ModelConfig, num_classes: int) -> nn.Module:
-    """The configured timm model; a mistake in its name or arguments is a UserError."""
-    if not timm.is_model(config.model):
-        names = timm.list_models()
-        raise UserError(f"unknown model {config.model!r}{nearest(config.model, names)}")
-    if config.num_classes is not None and config.num_classes < num_classes:
-        raise UserError(
-            f"model.num_classes={config.num_classes}, but the data has {num_classes} classes"
-        )
-    reserved = {*ModelConfig.model_fields, "device", "dtype"} & set(config.model_kwargs)
-    if reserved or config.model_kwargs.get("global_pool", "avg") in ("", None):
-        key = min(reserved, default="global_pool")
-        raise UserError(f"model.model_kwargs takes no {key}={config.model_kwargs[key]!r}")
-    given: dict[str, Any] = {
-        "patch_size": config.patch_size,
-        "in_chans": config.in_chans,
-        "drop_path_rate": config.drop_path_rate,
-        "num_classes": config.num_classes or num_classes,
-        **config.model_kwargs,
-    }
-    given = {key: value for key, value in given.items() if value is not None}
-    try:
-        try:
-            size: dict[str, Any] = {"img_size": config.img_size} if config.img_size else {}
-            model = timm.create_model(config.model, **given, **size)
-        except TypeError as error:
-            if "img_size" not in str(error):
-                raise
-            model = timm.create_model(config.model, **given)  # a CNN: takes any size
-        if config.grad_checkpointing:
-            model.set_grad_checkpointing()  # pyright: ignore[reportCallIssue]
-    except BUILD_ERRORS as error:
-        reason = one_line(error) or type(error).__name__
-        raise UserError(f"cannot build {config.model}: {reason}") from error
-    return model
-
-
 def train(config: Config, name: str = "train") -> TrainResult:
-    """Train as configured; leaves a run folder whose checkpoints timm loads.
+    """Train as configured, or go on with a run; leaves a run folder whose checkpoints timm loads.
+
+    A run that was stopped at any moment and resumed ends with the weights and metrics, times aside,
+    of one that was not: on the same machine, with as many processes and threads (more than two
+    processes: to rounding).
 
     Args:
         config: the configuration; what it leaves open is resolved and kept in the run folder.
         name: of the run, the stem of a fresh run folder and the title of its curve.
     Raises:
         UserError: for what the user can mend, before any training where possible.
+        Stopped: by a signal; the run is saved.
     """
-    config = config.model_copy(deep=True)
-    accelerator = device_accelerator(config.run.mixed_precision)
-    check_trackers(config)
-    set_seed(config.run.seed)
-    split = find_split(config.data)
-    model = create_model(config.model, split.num_classes)
-    loaders = create_loaders(config.data, config.model, model, split, config.run.seed)
-    images_per_batch = min(config.data.batch_size, len(split.train_indices))
-    images_per_step = images_per_batch * min(config.optim.grad_accum_steps, len(loaders.train))
-    size = loaders.preprocessing["input_size"]
-    num_classes = config.model.num_classes or split.num_classes
-    mixing = create_mixing(
-        config.data, config.optim, num_classes, config.run.seed, images_per_batch
-    )
-    config.data.data_dir = split.root.resolve() if split.root else None
-    config.optim.lr = peak_lr(config.optim, config.data.batch_size * config.optim.grad_accum_steps)
-    config.model.img_size = size[-1]
-    teacher = create_teacher(config.optim, config.model, num_classes, loaders.preprocessing)
-    memory_format = torch.channels_last if config.model.channels_last else torch.contiguous_format
-    model.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
-    optimizer = create_optimizer(model, config.optim, config.optim.lr)
-    steps_per_epoch = steps_of(len(loaders.train), config.optim.grad_accum_steps)
-    scheduler = create_scheduler(optimizer, config.optim, steps_per_epoch)
-    total_steps = run_length(config.optim, steps_per_epoch)
-    epochs = math.ceil(total_steps / steps_per_epoch)
-    # The training loader draws what its sampler says, on every process; the scheduler is timm's.
-    model, optimizer, val_loader = accelerator.prepare(model, optimizer, loaders.val)
-    ema = create_ema(accelerator.unwrap_model(model), config.optim)
-    evaluated = model if ema is None else ema.module
-    compile_model(accelerator.unwrap_model(model), config.model)
-    training = Training(
-        model, create_criterion(config.optim, mixing is not None), optimizer, scheduler,
-        accelerator, total_steps, config.optim.clip_grad, config.run.log_interval,
-        config.optim.grad_accum_steps, mixing,
-        None if teacher is None else teacher.to(accelerator.device), ema, memory_format,
-    )  # fmt: skip
+    accelerator = create_accelerator(config.run.mixed_precision)
+    with Signals() as signals:
+        built = folder = failure = None
+        try:
+            config = resumed_config(config)
+            check_trackers(config)
+            built = build(config, accelerator)
+            if accelerator.is_main_process:
+                folder = RunFolder(built.config, name, accelerator.num_processes)
+        except UserError as error:
+            failure = error
+        agree(accelerator, failure)
+        assert built is not None
+        try:
+            run = Run(built, folder, name, accelerator, signals)
+            return run.whole()
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"out of memory with data.batch_size={config.data.batch_size}; a smaller "
+                "--batch-size or --grad-checkpointing needs less"
+            ) from error
+        except (RuntimeError, ConnectionError) as error:
+            if accelerator.num_processes == 1 or not _is_of_the_network(error):
+                raise
+            rank = accelerator.process_index
+            raise ReportedError(f"process {rank} lost the others") from error
+        finally:
+            built.loaders.close()
+            if folder is not None:
+                folder.close()
+            accelerator.end_training()
 
-    run = RunFolder(config, name)
-    try:
-        start_trackers(accelerator, config, name, run.path)
-    except UserError:
-        run.close()
-        raise
-    parameters = sum(p.numel() for p in model.parameters())
-    print(
-        f"{config.model.model}: {parameters:,} parameters, images {size[1]}x{size[2]}, "
-        f"{split.num_classes} classes, {len(split.train_indices):,} training and "
-        f"{len(split.val_indices):,} held-out images, {accelerator.device}"
-    )
-    print(
-        f"{total_steps} steps in {epochs} epochs, peak lr {config.optim.lr:.3g}; "
-        f"run folder {run.path}",
-        flush=True,
-    )
 
-    last = best = None
-    best_epoch = saved_step = 0
-    bar = tqdm(
-        total=total_steps * images_per_step, unit="img", unit_scale=True, disable=None,
-        dynamic_ncols=True,
-    )  # fmt: skip
-    spoken = time.monotonic()
+def _is_of_the_network(error: Exception) -> bool:
+    words = ("gloo", "nccl", "connection", "peer", "socket", "timed out")
+    return any(word in str(error).lower() for word in words)
 
-    def on_unreadable(line: str) -> None:
-        run.log("unreadable", image=line)
-        bar.write(line)
 
-    unreadable = [
-        Unreadable(source, indices, what, config.data.max_unreadable, on_unreadable)
-        for source, indices, what in (
-            (split.train, split.train_indices, "training"),
-            (split.val, split.val_indices, "held-out"),
+class Run:
+    """One run on this process: where it stands, and what is done when."""
+
+    def __init__(
+        self, built: Built, folder: RunFolder | None, name: str, accelerator: Accelerator,
+        signals: Signals,
+    ) -> None:  # fmt: skip
+        self.built, self.folder, self.name = built, folder, name
+        self.accelerator, self.signals = accelerator, signals
+        self.config, self.training = built.config, built.training
+        self.saved_step: int | None = None
+        self.saved_time = time.monotonic()
+        self.last: Evaluation | None = None
+        self.evaluations: dict[int, tuple[int, Evaluation]] = {}  # by step, with the epoch
+        self.bar: Any = None
+        self.spoken = time.monotonic()
+        split, accepted = built.split, built.config.data.max_unreadable
+        self.unreadable = {
+            what: Unreadable(source, indices, what, accepted, self.tell_unreadable)
+            for source, indices, what in (
+                (split.train, split.train_indices, "training"),
+                (split.val, split.val_indices, "held-out"),
+            )
+        }
+
+    @property
+    def is_main(self) -> bool:
+        return self.folder is not None
+
+    def say(self, line: str) -> None:
+        """On the main process, around the bar where there is one."""
+        if not self.is_main:
+            return
+        if self.bar is None:
+            print(line, flush=True)
+        else:
+            self.bar.write(line)
+
+    def log(self, event: str, **values: Any) -> None:
+        if self.folder is not None:
+            self.folder.log(event, **values)
+
+    # What is done
+
+    def whole(self) -> TrainResult:
+        """From the checkpoint, or the beginning, to the end."""
+        training, config, built = self.training, self.config, self.built
+        self.resume()
+        if self.folder is not None:
+            start_trackers(self.accelerator, config, self.name, self.folder.path)
+        self.introduce()
+        self.bar = tqdm(
+            total=training.last_step * built.images_per_step, unit="img", unit_scale=True,
+            disable=None if self.is_main else True, dynamic_ncols=True,
+            initial=training.step * built.images_per_step,
+        )  # fmt: skip
+        hooks = Hooks(
+            self.bar.update, self.on_interval, self.unreadable["training"], self.on_skipped,
+            self.asked, self.save, self.on_stop,
+        )  # fmt: skip
+        try:
+            while True:
+                if training.step and self.is_evaluation_due():
+                    self.save()
+                    self.evaluate()
+                if training.step >= training.last_step:
+                    break
+                built.loaders.batches.set_epoch(training.epoch, training.place)
+                train_epoch(training, built.loaders.train, hooks)
+        except RuntimeError as error:
+            told = worker_died(error)
+            if told is None:
+                raise
+            raise self.with_what_is_kept(told) from error
+        except UserError as error:
+            raise self.with_what_is_kept(error) from error
+        finally:
+            self.bar.close()
+            self.bar = None
+        return self.report()
+
+    def with_what_is_kept(self, error: UserError) -> UserError:
+        if self.saved_step is None or self.folder is None:
+            return error
+        kept = f"the checkpoint of step {self.saved_step} is kept in {self.path / 'last'}"
+        return UserError(f"{error.line}; {kept}")
+
+    @property
+    def path(self) -> Path:
+        assert self.folder is not None
+        return self.folder.path
+
+    def introduce(self) -> None:
+        built, config, training = self.built, self.config, self.training
+        height, width = built.loaders.preprocessing["input_size"][-2:]
+        processes = self.accelerator.num_processes
+        where = f"{self.accelerator.device}" + (f" x {processes}" if processes > 1 else "")
+        self.say(
+            f"{config.model.model}: {built.parameters:,} parameters, images {height}x{width}, "
+            f"{built.split.num_classes} classes, {len(built.split.train_indices):,} training and "
+            f"{len(built.split.val_indices):,} held-out images, {where}"
         )
-    ]
-
-    def on_interval(interval: Interval) -> None:
-        nonlocal spoken
-        run.log("train", **dataclasses.asdict(interval))
-        track(accelerator, "train", interval.step, dataclasses.asdict(interval))
-        bar.set_postfix(epoch=f"{interval.epoch:.1f}", loss=f"{interval.loss:.3f}", refresh=False)
-        if bar.disable and time.monotonic() - spoken > LINE_INTERVAL:
-            spoken = time.monotonic()
-            minutes = (total_steps - interval.step) * images_per_step / interval.img_per_s / 60
-            print(
-                f"step {interval.step}/{total_steps}  loss {interval.loss:.4f}  "
-                f"{interval.img_per_s:.0f} img/s  {minutes:.0f} min left",
-                flush=True,
+        if self.folder is not None:
+            self.say(
+                f"{training.last_step} steps in {built.epochs} epochs, peak lr "
+                f"{config.optim.lr:.3g}; run folder {self.path}"
             )
 
-    try:
-        for epoch in range(1, epochs + 1):
-            loaders.batches.set_epoch(epoch - 1)
-            train_epoch(training, loaders.train, epoch - 1, bar.update, on_interval, unreadable[0])
-            if epoch % config.run.eval_interval and epoch < epochs:
-                continue
-            state = {
-                "epoch": epoch,
-                "step": training.step,
-                "optimizer": optimizer.state_dict(),
-                "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+    def resume(self) -> None:
+        """Go on with the newest checkpoint of the folder that is whole, where there is one."""
+        if self.config.run.resume is None:
+            return
+        failure, found = None, None
+        try:
+            checkpoints = Checkpoints(self.config.run.run_dir or Path())
+            if self.folder is not None:
+                found = checkpoints.newest(self.say)
+        except UserError as error:
+            failure = error
+        agree(self.accelerator, failure)
+        if self.accelerator.num_processes > 1:
+            box = [found]
+            torch.distributed.broadcast_object_list(box)
+            found = box[0]
+        if found is None:
+            if self.folder is not None:  # killed before its first checkpoint
+                self.folder.rewind(0, 0.0)
+            return
+        try:
+            path = checkpoints.path(found)
+            state = load_state(path)
+            if state["data"] != self.built.split.fingerprint:
+                raise UserError(
+                    f"the images are not those that {self.config.run.run_dir} was trained on"
+                )
+            restore(self.training, load_weights(path), state)
+            for what, positions in state["unreadable"].items():
+                self.unreadable[what].positions = set(positions)
+            self.evaluations = {
+                step: (epoch, Evaluation(**values)) for step, epoch, values in state["evaluations"]
             }
-            if ema is not None:  # the folder's model is the average
-                state["model"] = accelerator.unwrap_model(model).state_dict()
-            # Before the evaluation, which may fail: an epoch's work is not lost with it.
-            save_checkpoint(
-                run.path / "last", accelerator.unwrap_model(evaluated), state,
-                loaders.preprocessing, split.train.classes,
+            self.saved_step = self.training.step
+            if self.folder is not None:
+                self.folder.rewind(state["metrics_bytes"], state["seconds"])
+        except UserError as error:
+            failure = error
+        agree(self.accelerator, failure)
+        self.say(f"resumed at step {self.training.step} of {self.training.last_step}")
+
+    def is_evaluation_due(self) -> bool:
+        training = self.training
+        if training.step >= training.last_step:
+            return True
+        return training.place == 0 and training.epoch % self.config.run.eval_interval == 0
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, unless there is one."""
+        training = self.training
+        if self.saved_step == training.step:
+            return
+        state, weights = training_state(training), weights_of(training)
+        if training.ema is not None:
+            weights = training.ema.module.state_dict()
+        if self.folder is not None:
+            state |= {
+                "data": self.built.split.fingerprint,
+                "unreadable": {k: sorted(v.positions) for k, v in self.unreadable.items()},
+                "evaluations": [
+                    (step, epoch, dataclasses.asdict(values))
+                    for step, (epoch, values) in self.evaluations.items()
+                ],
+                "metrics_bytes": self.folder.metrics_bytes(),
+                "seconds": self.folder.seconds(),
+            }
+            checkpoints = self.checkpoints()
+            checkpoints.save(
+                training.step, self.built.evaluated, weights, state,
+                self.built.loaders.preprocessing, self.built.split.train.classes,
             )  # fmt: skip
-            saved_step = training.step
-            last = evaluate(evaluated, val_loader, accelerator, unreadable[1])
-            run.log("eval", step=training.step, epoch=epoch, **dataclasses.asdict(last))
-            track(accelerator, "eval", training.step, dataclasses.asdict(last))
-            if best is None or last.top1 > best.top1:
-                best, best_epoch = last, epoch
-                copy_checkpoint(run.path / "last", run.path / "best")
-            learning_curve(read_metrics(run.path), name, run.path / "curve.png")
-            bar.write(
-                f"epoch {epoch:3d}/{epochs}  held-out loss {last.loss:.4f}  "
-                f"top-1 {last.top1:.2f}  top-5 {last.top5:.2f}"
+            checkpoints.prune(self.scores())
+        self.saved_step, self.saved_time = training.step, time.monotonic()
+
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.path, self.config.run.checkpoint_hist)
+
+    def scores(self) -> dict[int, float]:
+        return {step: values.top1 for step, (_, values) in self.evaluations.items()}
+
+    def best(self) -> tuple[int, int, Evaluation]:
+        """Step, epoch and figures of the first of the best evaluations."""
+        step = max(self.evaluations, key=lambda step: (self.evaluations[step][1].top1, -step))
+        return step, *self.evaluations[step]
+
+    def evaluate(self) -> None:
+        training = self.training
+        epoch = training.epoch + (training.place > 0)
+        last = evaluate(
+            self.built.evaluated, self.built.loaders.val, self.accelerator,
+            self.unreadable["held-out"],
+        )  # fmt: skip
+        self.last = last
+        self.evaluations[training.step] = epoch, last
+        figures = dataclasses.asdict(last)
+        self.log("eval", step=training.step, epoch=epoch, **figures)
+        track(self.accelerator, "eval", training.step, figures)
+        if self.folder is not None:
+            self.checkpoints().point("best", self.best()[0])
+            self.checkpoints().prune(self.scores())
+            learning_curve(read_metrics(self.path), self.name, self.path / "curve.png")
+        self.say(
+            f"epoch {epoch:3d}/{self.built.epochs}  held-out loss {last.loss:.4f}  "
+            f"top-1 {last.top1:.2f}  top-5 {last.top5:.2f}"
+        )
+
+    def report(self) -> TrainResult:
+        """The card and the result."""
+        assert self.last is not None
+        _, best_epoch, best = self.best()
+        built, last = self.built, self.last
+        facts = {
+            "model": self.config.model.model, "parameters": built.parameters,
+            "input_size": built.loaders.preprocessing["input_size"],
+            "classes": built.split.num_classes, "dataset": self.config.data.dataset,
+            "images": last.images, "top1": last.top1, "top5": last.top5, "best_top1": best.top1,
+            "best_epoch": best_epoch, "epochs": built.epochs, "steps": self.training.last_step,
+        }  # fmt: skip
+        if self.folder is not None:
+            write_card(self.path, self.name, facts)
+        path = self.path if self.folder is not None else self.config.run.run_dir or Path()
+        return TrainResult(path, last, best, best_epoch)
+
+    # What the loop tells and asks
+
+    def tell_unreadable(self, line: str) -> None:
+        self.log("unreadable", image=line)
+        self.say(line)
+
+    def on_interval(self, interval: Interval) -> None:
+        values, last_step = dataclasses.asdict(interval), self.training.last_step
+        self.log("train", **values)
+        track(self.accelerator, "train", interval.step, values)
+        self.bar.set_postfix(
+            epoch=f"{interval.epoch:.1f}", loss=f"{interval.loss:.3f}", refresh=False
+        )
+        if self.is_main and self.bar.disable and time.monotonic() - self.spoken > LINE_INTERVAL:
+            self.spoken = time.monotonic()
+            left = (last_step - interval.step) * self.built.images_per_step
+            self.say(
+                f"step {interval.step}/{last_step}  loss {interval.loss:.4f}  "
+                f"{interval.img_per_s:.0f} img/s  {left / interval.img_per_s / 60:.0f} min left"
             )
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"out of memory with data.batch_size={config.data.batch_size}; a smaller --batch-size "
-            "or --grad-checkpointing needs less"
-        ) from error
-    except UserError as error:
-        if not saved_step:
-            raise
-        kept = f"the checkpoint of step {saved_step} is kept in {run.path / 'last'}"
-        raise UserError(f"{error.line}; {kept}") from error
-    finally:
-        bar.close()
-        run.close()
-        accelerator.end_training()
-    assert last is not None and best is not None
-    facts = {
-        "model": config.model.model, "parameters": parameters, "input_size": size,
-        "classes": split.num_classes, "dataset": config.data.dataset, "images": last.images,
-        "top1": last.top1, "top5": last.top5, "best_top1": best.top1, "best_epoch": best_epoch,
-        "epochs": epochs, "steps": total_steps,
-    }  # fmt: skip
-    write_card(run.path, name, facts)
-    return TrainResult(run.path, last, best, best_epoch)
+
+    def on_skipped(self, skipped: Skipped) -> None:
+        split, batches = self.built.split, self.built.loaders.batches
+        order = batches.order(skipped.epoch)
+        names = [
+            split.train.name(split.train_indices[int(order[place])])
+            for batch in skipped.batches
+            for place in batches.places(batch)
+        ]
+        loss = str(skipped.loss)  # JSON has no nan
+        self.log("skipped", step=skipped.step, loss=loss, in_a_row=skipped.in_a_row, images=names)
+        what = f"step {skipped.step}: the loss ({loss}) or a gradient is not finite"
+        self.say(f"{what}; skipped")
+        if skipped.in_a_row > self.config.run.max_skipped:
+            more = ", ..." if len(names) > NAMES_TOLD else ""
+            raise UserError(
+                f"{what}, {skipped.in_a_row} steps in a row, more than "
+                f"run.max_skipped={self.config.run.max_skipped}; a lower lr, clip_grad or another "
+                f"mixed_precision may help; its images: {', '.join(names[:NAMES_TOLD])}{more}"
+            )
+
+    def asked(self) -> tuple[int, bool]:
+        age = time.monotonic() - self.saved_time
+        # One clock decides.
+        return self.signals.received, self.is_main and age > 60 * self.config.run.checkpoint_minutes
+
+    def on_stop(self, number: int) -> None:
+        name = signal.Signals(number).name
+        step, folder = self.training.step, self.config.run.run_dir or "the run"
+        folder = self.folder.path if self.folder is not None else folder
+        line = f"stopped by {name}, saved at step {step}; go on with --resume {folder}"
+        raise Stopped(number, line if self.is_main else "")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from metala_vision.build import create_model
 from metala_vision.config import DataConfig, ModelConfig
 from metala_vision.config_file import load_config
 from metala_vision.data import create_loaders
@@ -17,7 +18,6 @@ from metala_vision.errors import UserError
 from metala_vision.sampling import EpochBatches, Key
 from metala_vision.sources import DigitsSource, convert
 from metala_vision.splits import DATA_VARIABLE, find_split
-from metala_vision.train import create_model
 
 
 def loaders(data, model=None, seed=0):

@@ -7,12 +7,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from metala_vision.build import create_model
 from metala_vision.config import ModelConfig, OptimConfig
 from metala_vision.config_file import load_config
 from metala_vision.engine import Training, train_epoch
 from metala_vision.optim import create_optimizer, create_scheduler, peak_lr, run_length
 from metala_vision.recipe import Teacher
-from metala_vision.train import create_model
 
 
 def test_channels_last_reaches_weights_and_images():
@@ -25,7 +25,7 @@ def test_channels_last_reaches_weights_and_images():
         model, lambda logits, target: logits.mean(), torch.optim.SGD(model.parameters()),
         None, Accelerator(cpu=True), 1, memory_format=torch.channels_last,
     )  # fmt: skip
-    run.loss(torch.randn(2, 3, 8, 8), torch.zeros(2).long(), 0, 0)
+    run.loss(torch.randn(2, 3, 8, 8), torch.zeros(2).long())
     assert seen == [True]
 
 
@@ -47,7 +47,9 @@ def test_a_teachers_part_is_its_equation_on_its_own_images():
     soft = T**2 * (p * (p / q).log()).sum(1).mean()
     hard = -logits.log_softmax(1)[torch.arange(5), p.argmax(1)].mean()
     for kind, part in (("soft", soft), ("hard", hard)):
-        config = OptimConfig(distill_type=kind, distill_share=0.3, distill_temperature=T)
+        config = OptimConfig(
+            distill_teacher="known", distill_type=kind, distill_share=0.3, distill_temperature=T
+        )
         teacher = Teacher(Known(), config, student_mean, student_std)
         expected = 0.7 * loss + 0.3 * part
         assert teacher(loss, logits, batch).item() == pytest.approx(expected.item(), rel=1e-5)

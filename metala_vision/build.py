@@ -1,0 +1,144 @@
+"""From a configuration to what an epoch works with: data, model, optimizer, on this process."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+
+from . import models  # noqa: F401  (registers ours with timm)
+from .config import Config, ModelConfig
+from .data import Loaders, create_loaders
+from .engine import Training, steps_of
+from .errors import UserError, nearest, one_line
+from .optim import create_optimizer, create_scheduler, peak_lr, run_length
+from .processes import is_sharded
+from .recipe import (
+    compile_model,
+    create_criterion,
+    create_ema,
+    create_mixing,
+    create_teacher,
+)
+from .sampling import PROCESS, stream
+from .splits import Split, find_split
+
+# What timm and torch raise for arguments that do not fit a model.
+BUILD_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError,
+    ValueError,
+)  # fmt: skip
+
+
+@dataclass
+class Built:
+    """A run ready to begin."""
+
+    config: Config
+    """What was left open is resolved."""
+    split: Split
+    loaders: Loaders
+    training: Training
+    evaluated: nn.Module
+    """The model, or the average of its weights."""
+    steps_per_epoch: int
+    images_per_step: int
+    """Over all processes."""
+    num_classes: int
+    """Outputs of the classifier."""
+
+    @property
+    def epochs(self) -> int:
+        """Begun ones, of the whole run."""
+        return math.ceil(self.training.last_step / self.steps_per_epoch)
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.training.model.parameters())
+
+
+def create_model(config: ModelConfig, num_classes: int) -> nn.Module:
+    """The configured timm model; a mistake in its name or arguments is a UserError."""
+    if not timm.is_model(config.model):
+        names = timm.list_models()
+        raise UserError(f"unknown model {config.model!r}{nearest(config.model, names)}")
+    if config.num_classes is not None and config.num_classes < num_classes:
+        raise UserError(
+            f"model.num_classes={config.num_classes}, but the data has {num_classes} classes"
+        )
+    reserved = {*ModelConfig.model_fields, "device", "dtype"} & set(config.model_kwargs)
+    if reserved or config.model_kwargs.get("global_pool", "avg") in ("", None):
+        key = min(reserved, default="global_pool")
+        raise UserError(f"model.model_kwargs takes no {key}={config.model_kwargs[key]!r}")
+    given: dict[str, Any] = {
+        "patch_size": config.patch_size,
+        "in_chans": config.in_chans,
+        "drop_path_rate": config.drop_path_rate,
+        "num_classes": config.num_classes or num_classes,
+        **config.model_kwargs,
+    }
+    given = {key: value for key, value in given.items() if value is not None}
+    try:
+        try:
+            size: dict[str, Any] = {"img_size": config.img_size} if config.img_size else {}
+            model = timm.create_model(config.model, **given, **size)
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+            model = timm.create_model(config.model, **given)  # a CNN: takes any size
+        if config.grad_checkpointing:
+            model.set_grad_checkpointing()  # pyright: ignore[reportCallIssue]
+    except BUILD_ERRORS as error:
+        reason = one_line(error) or type(error).__name__
+        raise UserError(f"cannot build {config.model}: {reason}") from error
+    return model
+
+
+def build(config: Config, accelerator: Accelerator) -> Built:
+    """Everything that the configuration names, seeded.
+
+    Raises:
+        UserError: for what the user can mend.
+    """
+    config = config.model_copy(deep=True)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    set_seed(config.run.seed)
+    split = find_split(config.data)
+    model = create_model(config.model, split.num_classes)
+    loaders = create_loaders(config.data, config.model, model, split, config.run.seed, rank, world)
+    own_images = len(loaders.batches.own(0))
+    accum = config.optim.grad_accum_steps
+    num_classes = config.model.num_classes or split.num_classes
+    mixing = create_mixing(config.data, config.optim, num_classes, config.run.seed, own_images)
+    config.data.data_dir = split.root.resolve() if split.root else None
+    config.optim.lr = peak_lr(config.optim, config.data.batch_size * world * accum)
+    config.model.img_size = loaders.preprocessing["input_size"][-1]
+    teacher = create_teacher(config.optim, config.model, num_classes, loaders.preprocessing)
+    if config.optim.model_ema and is_sharded(accelerator):
+        raise UserError("optim.model_ema is not supported with FSDP; DDP takes it")
+    memory_format = torch.channels_last if config.model.channels_last else torch.contiguous_format
+    model.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
+    optimizer = create_optimizer(model, config.optim, config.optim.lr)
+    steps_per_epoch = steps_of(len(loaders.train), accum)
+    scheduler = create_scheduler(optimizer, config.optim, steps_per_epoch)
+    # The loaders draw what their samplers say, for each process its part; the scheduler is timm's.
+    model, optimizer = accelerator.prepare(model, optimizer)
+    ema = create_ema(accelerator.unwrap_model(model), config.optim)
+    compile_model(accelerator.unwrap_model(model), config.model)
+    training = Training(
+        model, create_criterion(config.optim, mixing is not None), optimizer, scheduler,
+        accelerator, run_length(config.optim, steps_per_epoch), config.optim.clip_grad,
+        config.run.log_interval, accum, mixing,
+        None if teacher is None else teacher.to(accelerator.device), ema, memory_format,
+    )  # fmt: skip
+    if rank:  # drop path and dropout differ from process to process
+        set_seed(int(stream(config.run.seed, PROCESS, rank).generate_state(1)[0]))
+    evaluated = accelerator.unwrap_model(model) if ema is None else ema.module
+    images_per_step = own_images * world * min(accum, len(loaders.train))
+    return Built(
+        config, split, loaders, training, evaluated, steps_per_epoch, images_per_step, num_classes
+    )
