@@ -118,8 +118,6 @@ def build(config: Config, accelerator: Accelerator) -> Built:
     config.optim.lr = peak_lr(config.optim, config.data.batch_size * world * accum)
     config.model.img_size = loaders.preprocessing["input_size"][-1]
     teacher = create_teacher(config.optim, config.model, num_classes, loaders.preprocessing)
-    if config.optim.model_ema and is_sharded(accelerator):
-        raise UserError("optim.model_ema is not supported with FSDP; DDP takes it")
     memory_format = torch.channels_last if config.model.channels_last else torch.contiguous_format
     model.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
     optimizer = create_optimizer(model, config.optim, config.optim.lr)
@@ -127,6 +125,8 @@ def build(config: Config, accelerator: Accelerator) -> Built:
     scheduler = create_scheduler(optimizer, config.optim, steps_per_epoch)
     # The loaders draw what their samplers say, for each process its part; the scheduler is timm's.
     model, optimizer = accelerator.prepare(model, optimizer)
+    if config.optim.model_ema and is_sharded(model):
+        raise UserError("optim.model_ema is not supported with FSDP; DDP takes it")
     ema = create_ema(accelerator.unwrap_model(model), config.optim)
     compile_model(accelerator.unwrap_model(model), config.model)
     training = Training(

@@ -20,6 +20,7 @@ PICTURES = (".png", ".pdf", ".svg")
 COMMANDS = {
     "train": "train a model on a folder of images",
     "eval": "evaluate a checkpoint on a folder of images",
+    "bench": "measure loader, training step and evaluation of a configuration",
     "visualize": "draw the scan orders",
 }
 
@@ -47,9 +48,10 @@ def main(argv: list[str] | None = None, prog: str = "metala-vision", command: st
             parser.add_argument("command", choices=COMMANDS, help=listed)
             command = parser.parse_args(arguments[:1]).command
             arguments = arguments[1:]
-        run = {"train": train_command, "eval": eval_command, "visualize": visualize_command}[
-            command
-        ]
+        run = {
+            "train": train_command, "eval": eval_command, "bench": bench_command,
+            "visualize": visualize_command,
+        }[command]  # fmt: skip
         return run(arguments, f"{prog} {command}")
     except ReportedError:  # by another process
         return 2
@@ -79,6 +81,8 @@ def train_command(argv: list[str], prog: str) -> int:
     with warnings.catch_warnings():
         # torch tells a machine without an accelerator so at every loader.
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
+        # Of the 3x3 depthwise weights over several processes: a copy of a few kilobytes.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view")
         result = train(config, name)
     if int(os.environ.get("RANK", "0")):
         return 0  # the main process tells
@@ -128,11 +132,45 @@ def eval_command(argv: list[str], prog: str) -> int:
         return 0  # the main process tells
     print(as_lines(report))
     if out is not None:
-        try:
-            out.write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {out}: {error.strerror}") from error
+        write_json(out, report)
     return 0
+
+
+def bench_command(argv: list[str], prog: str) -> int:
+    """Measure; the last line printed is the speed that a run would have."""
+    parser = _Parser(
+        prog, description="Measure a configuration: the flags of train, and these.",
+        formatter_class=_Formatter, add_help=False, allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=10.0, help="for each part [10]")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the figures as JSON")
+    parser.add_argument("-h", "--help", action="store_true", help="this, and train's flags")
+    given, flags = parser.parse_known_args(argv)
+    if given.help:
+        parser.print_help()
+        flags = ["--help"]
+    if not 0 < given.seconds < float("inf"):
+        raise UserError(f"--seconds needs a number above 0, got {given.seconds}")
+    if given.json is not None and not given.json.parent.is_dir():
+        raise UserError(f"cannot write {given.json}: No such folder")
+    config, _ = parse_config(flags, prog)
+    from .bench import as_lines, bench
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*pin_memory.*")
+        speed = bench(config, given.seconds)
+    print(as_lines(speed))
+    if given.json is not None:
+        write_json(given.json, speed)
+    return 0
+
+
+def write_json(path: Path, values: Any) -> None:
+    """A dataclass, as JSON."""
+    try:
+        path.write_text(json.dumps(dataclasses.asdict(values), indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def visualize_command(argv: list[str], prog: str) -> int:

@@ -15,7 +15,7 @@ CONFIG_FOLDER = Path(__file__).parent / "configs"
 
 def shipped_configs() -> list[str]:
     """Names of the configurations that ship with the package, such as "quickstart"."""
-    files = CONFIG_FOLDER.rglob("*.yaml")
+    files = (f for f in CONFIG_FOLDER.rglob("*.yaml") if f.parent.name != "accelerate")
     return sorted(f.relative_to(CONFIG_FOLDER).with_suffix("").as_posix() for f in files)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .errors import UserError
-from .processes import gathered, is_sharded, largest
+from .processes import gathered, largest
 from .recipe import Mixing, Teacher
 
 
@@ -141,19 +141,17 @@ class Training:
             Whether all were finite, and `asked` over all processes.
         """
         accelerator, optimizer = self.accelerator, self.optimizer
-        numbers = [(~loss.isfinite()).float()]
+        numbers = [loss]
+        norm: Any = None
         if self.clip_grad is not None:
             norm = accelerator.clip_grad_norm_(self.model.parameters(), self.clip_grad)
-            if norm is not None:
-                numbers.append((~norm.isfinite()).float())
         elif accelerator.scaler is None:
             grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-            norm: Any = torch.nn.utils.get_total_norm(grads)
-            norm = norm.full_tensor() if is_sharded(accelerator) else norm
-            numbers.append((~norm.isfinite()).float())
+            norm = torch.nn.utils.get_total_norm(grads)
         # The scaler of fp16 is calibrated by gradients that overflow: those are no fault.
-        faults = numbers[:1] if accelerator.scaler is not None else numbers
-        fault = torch.stack([x.to(accelerator.device) for x in faults]).amax()
+        if norm is not None and accelerator.scaler is None:
+            numbers.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        fault = (~torch.stack([x.float() for x in numbers]).isfinite()).float().amax()
         said = torch.tensor([float(x) for x in asked], device=accelerator.device)
         bad, signal, save = largest(accelerator, torch.cat([fault[None], said]))
         finite = not bad
@@ -265,8 +263,10 @@ def memory_mib(device: torch.device) -> float:
 
 
 def has_finite_weights(model: nn.Module) -> bool:
-    """Whether no parameter holds an infinity or a NaN."""
-    return bool(torch.stack([p.isfinite().all() for p in model.parameters()]).all())
+    """Whether no parameter, or part of one on this process, holds an infinity or a NaN."""
+    parts: list[Any] = list(model.parameters())
+    parts = [p.to_local() if hasattr(p, "to_local") else p for p in parts]
+    return bool(torch.stack([p.isfinite().all() for p in parts]).all())
 
 
 @torch.no_grad()

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object
+from torch import nn
 
 from .errors import ReportedError, UserError, one_line
 
@@ -41,9 +42,12 @@ def create_accelerator(mixed_precision: str) -> Accelerator:
     return accelerator
 
 
-def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether FSDP holds a part of the weights on each process."""
-    return accelerator.distributed_type == DistributedType.FSDP
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 holds a part of the weights on each process.
+
+    accelerate's distributed_type does not tell: its state takes back MULTI_GPU.
+    """
+    return any(hasattr(p, "full_tensor") for p in model.parameters())
 
 
 def agree(accelerator: Accelerator, error: UserError | None) -> None:

@@ -41,7 +41,7 @@ def _sharded_options() -> Any:
 
 def weights_of(run: Training) -> dict[str, torch.Tensor]:
     """The whole state_dict of the trained model; with FSDP all processes must ask."""
-    if is_sharded(run.accelerator):
+    if is_sharded(run.model):
         from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
         return get_model_state_dict(run.model, options=_sharded_options())  # pyright: ignore[reportReturnType]
@@ -53,7 +53,7 @@ def training_state(run: Training) -> dict[str, Any]:
 
     All processes must ask; the main one's is written.
     """
-    if is_sharded(run.accelerator):
+    if is_sharded(run.model):
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
         optimizer: Any = get_optimizer_state_dict(
@@ -102,7 +102,7 @@ def restore(run: Training, weights: dict[str, torch.Tensor], state: dict[str, An
         if run.ema is not None:
             run.ema.module.load_state_dict(weights)
             weights = state["model"]
-        if is_sharded(accelerator):
+        if is_sharded(run.model):
             from torch.distributed.checkpoint.state_dict import set_state_dict
 
             set_state_dict(

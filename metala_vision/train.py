@@ -67,8 +67,9 @@ def train(config: Config, name: str = "train") -> TrainResult:
         agree(accelerator, failure)
         assert built is not None
         try:
-            run = Run(built, folder, name, accelerator, signals)
-            return run.whole()
+            result = Run(built, folder, name, accelerator, signals).whole()
+            accelerator.wait_for_everyone()  # none ends while another still writes
+            return result
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"out of memory with data.batch_size={config.data.batch_size}; a smaller "
@@ -187,7 +188,7 @@ class Run:
         built, config, training = self.built, self.config, self.training
         height, width = built.loaders.preprocessing["input_size"][-2:]
         processes = self.accelerator.num_processes
-        where = f"{self.accelerator.device}" + (f" x {processes}" if processes > 1 else "")
+        where = self.accelerator.device.type + (f" x {processes}" if processes > 1 else "")
         self.say(
             f"{config.model.model}: {built.parameters:,} parameters, images {height}x{width}, "
             f"{built.split.num_classes} classes, {len(built.split.train_indices):,} training and "

@@ -21,12 +21,13 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def launch(flags, processes=1, nodes=(), **kwargs) -> subprocess.Popen:
+def launch(flags, processes=1, nodes=(), script="train_imagenet.py", **kwargs) -> subprocess.Popen:
     """train_imagenet.py, under torchrun for several processes; in a process group of its own.
 
     nodes: torchrun's flags of one of several agents.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = str(ROOT)  # for a script that lies elsewhere
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     command = [sys.executable]
@@ -34,7 +35,7 @@ def launch(flags, processes=1, nodes=(), **kwargs) -> subprocess.Popen:
         where = nodes or ("--master-addr", "127.0.0.1", "--master-port", str(free_port()))
         command += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", *where]
     return subprocess.Popen(
-        [*command, "train_imagenet.py", *map(str, flags)], cwd=ROOT, env=environment, text=True,
+        [*command, str(script), *map(str, flags)], cwd=ROOT, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, **kwargs,
     )  # fmt: skip
 
@@ -42,7 +43,7 @@ def launch(flags, processes=1, nodes=(), **kwargs) -> subprocess.Popen:
 def finish(process: subprocess.Popen, status=0, timeout=300) -> tuple[str, str]:
     """What it printed; its exit status must be that."""
     out, err = process.communicate(timeout=timeout)
-    assert process.returncode == status, (process.returncode, out[-2000:], err[-4000:])
+    assert process.returncode == status, f"{process.returncode}\n{out[-2000:]}\n{err[-6000:]}"
     return out, err
 
 
