@@ -205,6 +205,10 @@ class HubSource:
             # A column of plain numbers names no classes.
             labels = labels or {str(i): i for i in range(max(self.targets) + 1)}
             self.classes = sorted(labels, key=labels.__getitem__)
+            if min(self.targets) < 0:
+                raise UserError(f"{self.origin} has images without a label")
+        except UserError:
+            raise
         except Exception as error:  # of a library that loads from anywhere
             reason = one_line(error) or type(error).__name__
             raise UserError(f"cannot load {self.origin}: {reason}") from error

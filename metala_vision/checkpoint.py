@@ -105,7 +105,9 @@ class Checkpoints:
             raise UserError(f"cannot write checkpoint {path}: {reason}") from error
 
     def point(self, name: str, step: int) -> None:
-        """Make RUN/`name` the checkpoint of that step."""
+        """Make RUN/`name` the checkpoint of that step, where it is still there."""
+        if not self.path(step).is_dir():
+            return
         link, target = self.run_dir / name, Path(FOLDER) / self.path(step).name
         fresh = link.with_name(f"{name}.new")
         if fresh.is_dir() and not fresh.is_symlink():

@@ -246,6 +246,8 @@ def parse_config(argv: list[str], prog: str) -> tuple[Config, str]:
         given.config, name = str(folder / "config.yaml"), folder.resolve().name
         if not Path(given.config).is_file():
             raise UserError(f"--resume {resume}: no run in it, config.yaml is missing")
+        # Wherever it lay when it was begun.
+        overrides["run"].setdefault("run_dir", str(folder))
     else:
         name = (given.config or "train").replace("\\", "/").split("/")[-1]
     return load_config(given.config, overrides), name.removesuffix(".yaml")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from .config import DataConfig, ModelConfig
-from .errors import UnreadableImage, UserError, one_line
+from .errors import OwnError, UnreadableImage, UserError, one_line
 from .processes import SIGNALS
 from .sampling import (
     AUGMENTATION,
@@ -101,7 +101,7 @@ class TrainingData(ImageData):
             except UnreadableImage as error:
                 unreadable, line = key.index, error.line
             position = int(draws.integers(len(self)))
-        raise UserError(f"{REPLACEMENTS} images one after the other: {line}")
+        raise OwnError(f"{REPLACEMENTS} images one after the other: {line}")
 
 
 def outlive_signals(worker: int) -> None:
@@ -110,11 +110,11 @@ def outlive_signals(worker: int) -> None:
         signal.signal(number, lambda *_: signal.alarm(GRACE))
 
 
-def worker_died(error: RuntimeError) -> UserError | None:
+def worker_died(error: RuntimeError) -> OwnError | None:
     """What to tell the user, where that is what torch has raised; it may come at any line."""
     if "DataLoader worker" not in str(error):
         return None
-    return UserError(
+    return OwnError(
         f"{one_line(error)} Out of memory is a common cause: fewer --workers need less; with "
         "--workers 0 an error shows itself"
     )

@@ -152,9 +152,12 @@ class Training:
         if norm is not None and accelerator.scaler is None:
             numbers.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         fault = (~torch.stack([x.float() for x in numbers]).isfinite()).float().amax()
-        said = torch.tensor([float(x) for x in asked], device=accelerator.device)
-        bad, signal, save = largest(accelerator, torch.cat([fault[None], said]))
-        finite = not bad
+        if accelerator.num_processes == 1:
+            finite, (signal, save) = not fault.item(), asked
+        else:
+            said = torch.tensor([float(x) for x in asked], device=accelerator.device)
+            bad, signal, save = largest(torch.cat([fault[None], said]))
+            finite = not bad
         # Where there is a scaler it skips the step itself, and must be told of it.
         stepped = finite or accelerator.scaler is not None
         if stepped:

@@ -34,6 +34,10 @@ class UnreadableImage(UserError):
     """An image file that cannot be decoded."""
 
 
+class OwnError(UserError):
+    """An error that one process of several has: it tells it itself."""
+
+
 class ReportedError(UserError):
     """An error that another process tells the user."""
 

@@ -71,10 +71,9 @@ def gathered(accelerator: Accelerator, values: list[Any]) -> list[Any]:
     return values if accelerator.num_processes == 1 else gather_object(values)
 
 
-def largest(accelerator: Accelerator, values: torch.Tensor) -> list[float]:
+def largest(values: torch.Tensor) -> list[float]:
     """Of each number over all processes."""
-    if accelerator.num_processes > 1:
-        torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
+    torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
     return values.tolist()
 
 

@@ -36,6 +36,7 @@ METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
 LOCK_FILE = ".lock"
+LOCK_WAIT = 15  # seconds; the data workers of a killed run end within 5, and hold it until then
 PACKAGES = (
     "metala-vision", "torch", "torchvision", "timm", "accelerate", "numpy", "triton", "safetensors",
 )  # fmt: skip
@@ -118,10 +119,15 @@ class RunFolder:
     def _lock(self) -> None:
         """For as long as this process lives."""
         self.lock = (self.path / LOCK_FILE).open("a")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another process is training in {self.path}") from error
+        end = time.monotonic() + LOCK_WAIT
+        while True:
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError as error:
+                if time.monotonic() > end:
+                    raise UserError(f"another process is training in {self.path}") from error
+                time.sleep(0.2)
 
     def _unlock(self) -> None:
         if self.lock is not None:
@@ -182,7 +188,7 @@ def resumed_config(config: Config) -> Config:
     folder = Path(resume).expanduser()
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(f"run.resume={resume!r}: no run in it, {CONFIG_FILE} is missing")
-    if config.run.run_dir not in (None, folder):
+    if config.run.run_dir and config.run.run_dir.resolve() != folder.resolve():
         raise UserError(f"run.resume={resume!r}, but run.run_dir is {config.run.run_dir}; drop it")
     config.run.run_dir = folder
     return config

@@ -17,7 +17,7 @@ from .checkpoint import Checkpoints, load_state, load_weights
 from .config import Config
 from .data import Unreadable, worker_died
 from .engine import Evaluation, Hooks, Interval, Skipped, evaluate, train_epoch
-from .errors import ReportedError, Stopped, UserError
+from .errors import OwnError, ReportedError, Stopped, UserError
 from .plots import learning_curve
 from .processes import Signals, agree, create_accelerator
 from .run_folder import RunFolder, read_metrics, resumed_config
@@ -174,7 +174,11 @@ class Run:
         return self.report()
 
     def with_what_is_kept(self, error: UserError) -> UserError:
-        if self.saved_step is None or self.folder is None:
+        """The error as this process is to tell it: the main one those that all have."""
+        if self.folder is None:
+            line = f"process {self.accelerator.process_index}: {error.line}"
+            return OwnError(line) if isinstance(error, OwnError) else ReportedError(line)
+        if self.saved_step is None:
             return error
         kept = f"the checkpoint of step {self.saved_step} is kept in {self.path / 'last'}"
         return UserError(f"{error.line}; {kept}")

@@ -167,7 +167,8 @@ def launch_once(given, processes):
     return err
 
 
-def test_a_folder_in_which_a_run_trains_is_refused(digit_tree, tmp_path, capsys):
+def test_a_folder_in_which_a_run_trains_is_refused(digit_tree, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("metala_vision.run_folder.LOCK_WAIT", 1)
     run_dir = tmp_path / "run"
     more = ("--epochs", "5000", "--eval-interval", "5000")
     running = launch(flags(digit_tree, run_dir, *more)[1:])

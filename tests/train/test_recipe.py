@@ -89,8 +89,6 @@ def test_layer_decay_scales_the_rates_by_depth():
     ):  # fmt: skip
         found = [x for n, x in names.items() if n.startswith(prefix)]
         assert found == pytest.approx([expected] * len(found)) and found, prefix
-    config = ModelConfig(model="metala_nano", grad_checkpointing=True)
-    assert create_model(config, 3).grad_checkpointing
 
 
 def test_the_schedule_warms_up_and_ends_at_the_minimum():
@@ -114,17 +112,47 @@ def test_length_and_learning_rate_rules():
     assert peak_lr(OptimConfig(lr=1e-3), 2048) == 1e-3
 
 
-def test_weight_decay_spares_vectors_and_what_the_model_excludes():
-    model = create_model(ModelConfig(model="metala_nano", model_kwargs={"depth": 1}), 5)
+# Of every family: the matrices of a block that are decayed beside these, and those spared.
+SHARED = {
+    "patch_embed.proj.weight", "head.fc.weight", "blocks.0.mlp.fc1.weight",
+    "blocks.0.mlp.fc2.weight", "blocks.0.mixer.out_proj.weight",
+}  # fmt: skip
+USUAL = {"conv.conv.weight", "in_proj.weight"}
+OF_A_WAY = ("conv.conv.weight", "dt_weight", "x_proj.weight")
+WAYS = {f"ways.{i}.{name}" for i in (0, 1) for name in OF_A_WAY}
+DECAYED = {
+    "metala": (USUAL, {"w_aug"}), "attention": (USUAL, set()),
+    "gla": (USUAL | {"decay_proj.weight"}, set()), "hgrn": (USUAL, {"theta"}),
+    "hgrn2": (USUAL, set()), "retnet": (USUAL, set()), "linear_attention": (USUAL, set()),
+    "mamba": ({"in_proj.weight"} | WAYS, {"ways.0.A_log", "ways.1.A_log"}),
+    "lru": ({"conv.conv.weight"}, {"in_proj.weight"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", DECAYED)
+def test_weight_decay_spares_vectors_and_what_the_model_excludes(family):
+    model = create_model(ModelConfig(model=f"{family}_nano", model_kwargs={"depth": 1}), 5)
     optimizer = create_optimizer(model, OptimConfig(), 1e-3)
     decayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
     names = {name for name, p in model.named_parameters() if id(p) in decayed}
-    mixer = "blocks.0.mixer"
-    assert names == {
-        "patch_embed.proj.weight", f"{mixer}.conv.conv.weight", f"{mixer}.in_proj.weight",
-        f"{mixer}.out_proj.weight", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight",
-        "head.fc.weight",
-    }  # fmt: skip
+    own, spared = ({f"blocks.0.mixer.{name}" for name in part} for part in DECAYED[family])
+    assert names == SHARED | own
+    matrices = {name for name, p in model.named_parameters() if p.ndim > 1}
+    bounds = {"lower_bounds.weight"} if family.startswith("hgrn") else set()
+    assert matrices - names == spared | bounds
+
+
+@pytest.mark.parametrize("family", DECAYED)
+def test_layer_decay_knows_the_depth_of_every_parameter(family):
+    model = create_model(ModelConfig(model=f"{family}_nano", model_kwargs={"depth": 3}), 5)
+    optimizer = create_optimizer(model, OptimConfig(layer_decay=0.5), 1e-3)
+    scales = {id(p): g["lr_scale"] for g in optimizer.param_groups for p in g["params"]}
+    for name, p in model.named_parameters():
+        depth = {"patch_embed": 4, "lower_bounds": 4, "norm": 1, "head": 0}.get(name.split(".")[0])
+        if depth is None:
+            assert name.startswith("blocks."), name
+            depth = 3 - int(name.split(".")[1])
+        assert scales[id(p)] == 0.5**depth, name
 
 
 @pytest.mark.parametrize("name", ["imagenet1k/metala_tiny_paper", "imagenet1k/metala_small_paper"])

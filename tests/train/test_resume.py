@@ -75,6 +75,10 @@ def test_a_finished_run_is_resumed_to_its_end(digit_tree, tmp_path, capsys):
     assert main(["train", "--resume", str(run_dir)]) == 0  # its own configuration
     assert metrics(run_dir) == before and capsys.readouterr().out.splitlines()[-1] == told
     assert (run_dir / "environment-2.json").is_file()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    elsewhere = run_dir.rename(tmp_path / "elsewhere")
+    assert main(["train", "--resume", f"{elsewhere}/"]) == 0
+    assert metrics(elsewhere) == before
 
 
 def test_killed_before_its_first_checkpoint_a_run_begins_anew(digit_tree, tmp_path):
