@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from .errors import UserError, one_line
+from .errors import UserError, one_line, worker_died
 
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -101,6 +101,8 @@ class Checkpoints:
             self.point("last", step)
         except (OSError, RuntimeError, ValueError, SafetensorError, shutil.Error) as error:
             shutil.rmtree(fresh, ignore_errors=True)
+            if isinstance(error, RuntimeError) and worker_died(error):
+                raise  # torch tells of it at any line
             reason = one_line(_cause(error))
             raise UserError(f"cannot write checkpoint {path}: {reason}") from error
 

@@ -110,16 +110,6 @@ def outlive_signals(worker: int) -> None:
         signal.signal(number, lambda *_: signal.alarm(GRACE))
 
 
-def worker_died(error: RuntimeError) -> OwnError | None:
-    """What to tell the user, where that is what torch has raised; it may come at any line."""
-    if "DataLoader worker" not in str(error):
-        return None
-    return OwnError(
-        f"{one_line(error)} Out of memory is a common cause: fewer --workers need less; with "
-        "--workers 0 an error shows itself"
-    )
-
-
 class Unreadable:
     """Images of one part that could not be read, each reported once, up to the share accepted.
 

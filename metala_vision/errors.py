@@ -38,6 +38,16 @@ class OwnError(UserError):
     """An error that one process of several has: it tells it itself."""
 
 
+def worker_died(error: RuntimeError) -> OwnError | None:
+    """What to tell the user, where that is what torch has raised; it may come at any line."""
+    if "DataLoader worker" not in str(error):
+        return None
+    return OwnError(
+        f"{one_line(error)} Out of memory is a common cause: fewer --workers need less; with "
+        "--workers 0 an error shows itself"
+    )
+
+
 class ReportedError(UserError):
     """An error that another process tells the user."""
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from . import models  # noqa: F401  (registers ours with timm)
-from .data import ImageData, Unreadable, worker_died
-from .errors import UserError, nearest, one_line
+from .data import ImageData, Unreadable
+from .errors import UserError, nearest, one_line, worker_died
 from .processes import create_accelerator, gathered
 from .sampling import EvaluationOrder
 from .sources import FolderSource, Source

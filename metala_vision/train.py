@@ -15,9 +15,9 @@ from .build import Built, build
 from .card import write_card
 from .checkpoint import Checkpoints, load_state, load_weights
 from .config import Config
-from .data import Unreadable, worker_died
+from .data import Unreadable
 from .engine import Evaluation, Hooks, Interval, Skipped, evaluate, train_epoch
-from .errors import OwnError, ReportedError, Stopped, UserError
+from .errors import OwnError, ReportedError, Stopped, UserError, worker_died
 from .plots import learning_curve
 from .processes import Signals, agree, create_accelerator
 from .run_folder import RunFolder, read_metrics, resumed_config
