@@ -6,6 +6,7 @@ streams them, and a stream has no sample number n of epoch e to resume at.
 
 import os
 import tarfile
+from collections import OrderedDict
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -14,11 +15,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .errors import UnreadableImage, UserError, one_line
+from .errors import OwnError, UnreadableImage, UserError, one_line
 from .sources import decode
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 LABEL_KEY = "cls"
+OPEN_FILES = 128  # of a process
 
 
 class TarSource:
@@ -39,24 +41,36 @@ class TarSource:
     ) -> None:  # fmt: skip
         self.files, self.places, self.keys = files, places, keys
         self.targets, self.classes = targets, classes
-        self.opened: dict[int, int] = {}
+        self.opened: OrderedDict[int, int] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "opened": {}}
+        return {**self.__dict__, "opened": OrderedDict()}
 
     def image(self, index: int) -> Image.Image:
         number, first, length = map(int, self.places[index])
+        file = self._open(number)
         try:
-            if number not in self.opened:
-                self.opened[number] = os.open(self.files[number], os.O_RDONLY)
-            content = os.pread(self.opened[number], length, first)
+            content = os.pread(file, length, first)
         except OSError as error:
             name = self.name(index)
             raise UnreadableImage(f"cannot read image {name}: {one_line(error)}") from error
         return decode(BytesIO(content), self.name(index))
+
+    def _open(self, number: int) -> int:
+        """The archive's descriptor; the one used longest ago is closed where there are too many."""
+        if number in self.opened:
+            self.opened.move_to_end(number)
+            return self.opened[number]
+        while len(self.opened) >= OPEN_FILES:
+            os.close(self.opened.popitem(last=False)[1])
+        try:
+            self.opened[number] = os.open(self.files[number], os.O_RDONLY)
+        except OSError as error:  # not one image but all of an archive
+            raise OwnError(f"cannot open {self.files[number]}: {error.strerror}") from error
+        return self.opened[number]
 
     def name(self, index: int) -> str:
         return f"{self.files[int(self.places[index][0])]}:{self.keys[index]}"
@@ -87,27 +101,39 @@ def read_tar(path: Path, classes: list[str] | None = None) -> TarSource:
         found: Any = extract_tarinfos(str(path), cache_tarinfo=False)
     except (AssertionError, OSError, ValueError, tarfile.TarError) as error:
         raise UserError(f"cannot read {path}: {one_line(error) or 'no images'}") from error
-    samples, targets, labels, _ = found
-    own = sorted(labels, key=labels.__getitem__)
+    members, numbered, labels, _ = found
+    word_of = {number: word for word, number in labels.items()}
+    folder, single = (path.parent, path.name) if path.is_file() else (path, "")
+    samples = sorted(
+        # A tar inside a tar counts from its own beginning. timm's order follows the directory's.
+        (name or single, m.offset_data + (inner.offset_data if inner else 0), m.size,
+         f"{inner.name}/{m.name}" if inner else m.name, word_of[int(number)])
+        for (m, name, inner), number in zip(members, numbered, strict=True)
+        if not _is_hidden(m.name)
+    )  # fmt: skip
+    if not samples:
+        raise UserError(f"no images in {path}")
+    own = sorted({word for *_, word in samples}, key=labels.__getitem__)
     unknown = sorted(set(own) - set(classes or own))
     if unknown:
         raise UserError(f"{path} has class {unknown[0]!r}, which the training images lack")
     classes = classes or own
-    folder = path.parent if path.is_file() else path
-    names = sorted({name or path.name for _, name, _ in samples})
-    numbers = {name: i for i, name in enumerate(names)}
-    places = [
-        # A tar inside a tar counts from its own beginning.
-        (numbers[name or path.name], member.offset_data + (inner.offset_data if inner else 0),
-         member.size)
-        for member, name, inner in samples
-    ]  # fmt: skip
-    keys = [f"{inner.name}/{m.name}" if inner else m.name for m, _, inner in samples]
-    label_of = {own.index(name): classes.index(name) for name in own}
+    names = sorted({name for name, *_ in samples})
+    number_of = {name: i for i, name in enumerate(names)}
+    label_of = {word: i for i, word in enumerate(classes)}
     return TarSource(
-        [folder / name for name in names], np.array(places), keys,
-        [label_of[int(t)] for t in targets], classes,
-    )  # fmt: skip
+        [folder / name for name in names],
+        np.array([(number_of[name], first, size) for name, first, size, *_ in samples]),
+        [key for *_, key, _ in samples],
+        [label_of[word] for *_, word in samples],
+        classes,
+    )
+
+
+def _is_hidden(name: str) -> bool:
+    """What a Mac puts beside a file, and hidden folders."""
+    parts = [part for part in name.split("/") if part not in (".", "")]
+    return any(part[0] == "." or part == "__MACOSX" for part in parts)
 
 
 def read_shards(
@@ -141,6 +167,10 @@ def read_shards(
                     folder, _, name = member.name.rpartition("/")
                     stem, _, ending = name.partition(".")
                     key = f"{folder}/{stem}" if folder else stem
+                    if _is_hidden(member.name):
+                        continue
+                    if ending.lower() in inputs and (member.issym() or member.islnk()):
+                        raise UserError(f"{path}: {member.name} is a link; shards hold files")
                     if not member.isfile():
                         continue
                     if ending.lower() in inputs:
@@ -159,7 +189,8 @@ def read_shards(
     where = files[0].parent if files else "the shards"
     if not labels:
         raise UserError(f"no images in {where}: members that end in {', '.join(inputs)} are read")
-    if all(word.isdecimal() for word in labels):
+    named = classes is not None and set(labels) <= set(classes)
+    if not named and all(word.isdecimal() for word in labels):
         count = max(map(int, labels)) + 1
         if classes is not None and count > len(classes):
             raise UserError(f"{where} has label {count - 1}, the training images {len(classes)}")

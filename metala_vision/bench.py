@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
-from .build import build
+from .build import collect, join
 from .config import Config
 from .engine import memory_mib
 from .errors import UserError
 from .processes import create_accelerator
 
 WARM_UP = 2  # batches before the clock starts
+PREFETCHED = 2  # of each worker, which may be there already
 
 
 @dataclass
@@ -31,14 +32,14 @@ class Speed:
 
 
 def images_per_second(
-    batch: Callable[[], int], seconds: float, wait: Callable[[], object]
+    batch: Callable[[], int], seconds: float, wait: Callable[[], object], warm_up: int = WARM_UP
 ) -> float:
     """Of calls that each return how many images they took.
 
     Args:
-        wait: for the device.
+        wait: for the device. warm_up: calls before the clock starts.
     """
-    for _ in range(WARM_UP):
+    for _ in range(warm_up):
         batch()
     wait()
     start, images = time.perf_counter(), 0
@@ -61,7 +62,8 @@ def bench(config: Config, seconds: float = 10.0) -> Speed:
     accelerator: Accelerator = create_accelerator(config.run.mixed_precision)
     if accelerator.num_processes > 1:
         raise UserError("bench measures one process; a run's log has the images a second of all")
-    built = build(config, accelerator)
+    built = collect(config, accelerator)
+    join(built)
     run, loaders = built.training, built.loaders
     try:
         epoch, draws = 0, iter(loaders.train)
@@ -77,7 +79,8 @@ def bench(config: Config, seconds: float = 10.0) -> Speed:
                 _, target, _ = next(draws)
             return len(target)
 
-        loader = images_per_second(load, seconds, lambda: None)
+        warm_up = WARM_UP + PREFETCHED * config.data.workers
+        loader = images_per_second(load, seconds, lambda: None, warm_up)
         loaders.batches.set_epoch(0)
         batch, target, _ = next(iter(loaders.train))
     finally:

@@ -98,8 +98,8 @@ def create_model(config: ModelConfig, num_classes: int) -> nn.Module:
     return model
 
 
-def build(config: Config, accelerator: Accelerator) -> Built:
-    """Everything that the configuration names, seeded.
+def collect(config: Config, accelerator: Accelerator) -> Built:
+    """Everything that the configuration names, seeded, on this process alone: see join.
 
     Raises:
         UserError: for what the user can mend.
@@ -122,23 +122,35 @@ def build(config: Config, accelerator: Accelerator) -> Built:
     model.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
     optimizer = create_optimizer(model, config.optim, config.optim.lr)
     steps_per_epoch = steps_of(len(loaders.train), accum)
-    scheduler = create_scheduler(optimizer, config.optim, steps_per_epoch)
-    # The loaders draw what their samplers say, for each process its part; the scheduler is timm's.
-    model, optimizer = accelerator.prepare(model, optimizer)
-    if config.optim.model_ema and is_sharded(model):
-        raise UserError("optim.model_ema is not supported with FSDP; DDP takes it")
-    ema = create_ema(accelerator.unwrap_model(model), config.optim)
-    compile_model(accelerator.unwrap_model(model), config.model)
     training = Training(
-        model, create_criterion(config.optim, mixing is not None), optimizer, scheduler,
-        accelerator, run_length(config.optim, steps_per_epoch), config.optim.clip_grad,
-        config.run.log_interval, accum, mixing,
-        None if teacher is None else teacher.to(accelerator.device), ema, memory_format,
+        model, create_criterion(config.optim, mixing is not None), optimizer,
+        create_scheduler(optimizer, config.optim, steps_per_epoch), accelerator,
+        run_length(config.optim, steps_per_epoch), config.optim.clip_grad, config.run.log_interval,
+        accum, mixing, teacher, memory_format=memory_format,
     )  # fmt: skip
-    if rank:  # drop path and dropout differ from process to process
-        set_seed(int(stream(config.run.seed, PROCESS, rank).generate_state(1)[0]))
-    evaluated = accelerator.unwrap_model(model) if ema is None else ema.module
     images_per_step = own_images * world * min(accum, len(loaders.train))
     return Built(
-        config, split, loaders, training, evaluated, steps_per_epoch, images_per_step, num_classes
+        config, split, loaders, training, model, steps_per_epoch, images_per_step, num_classes
     )
+
+
+def join(built: Built) -> None:
+    """Put the model on the device and join the processes; all of them must come here.
+
+    Raises:
+        UserError: where the model cannot be compiled or averaged so, on all processes.
+    """
+    config, run = built.config, built.training
+    accelerator = run.accelerator
+    # The loaders draw what their samplers say, for each process its part; the scheduler is timm's.
+    run.model, run.optimizer = accelerator.prepare(run.model, run.optimizer)
+    if config.optim.model_ema and is_sharded(run.model):
+        raise UserError("optim.model_ema is not supported with FSDP; DDP takes it")
+    model = accelerator.unwrap_model(run.model)
+    run.ema = create_ema(model, config.optim)
+    compile_model(model, config.model)
+    if run.teacher is not None:
+        run.teacher.to(accelerator.device)
+    built.evaluated = model if run.ema is None else run.ema.module
+    if rank := accelerator.process_index:  # drop path and dropout differ from process to process
+        set_seed(int(stream(config.run.seed, PROCESS, rank).generate_state(1)[0]))

@@ -8,6 +8,7 @@ A folder gets its name when every file in it is on the disk, and is never writte
 manifest holds size and sha256 of each file; what does not match is not loaded.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -30,6 +31,7 @@ STATE_FILE = "training_state.pt"
 MANIFEST_FILE = "manifest.json"
 FILES = (MODEL_FILE, CONFIG_FILE, STATE_FILE)
 FOLDER = "checkpoints"
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # of a file system
 FORMAT = 1
 
 
@@ -114,14 +116,18 @@ class Checkpoints:
         fresh = link.with_name(f"{name}.new")
         if fresh.is_dir() and not fresh.is_symlink():
             shutil.rmtree(fresh)
-        fresh.unlink(missing_ok=True)
         try:
+            fresh.unlink(missing_ok=True)
             fresh.symlink_to(target, target_is_directory=True)
             fresh.replace(link)
-        except OSError:  # a file system without links
-            if link.is_dir() and not link.is_symlink():
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise UserError(f"cannot write {link}: {one_line(error)}") from error
+            if link.is_symlink():
+                link.unlink()
+            elif link.is_dir():
                 shutil.rmtree(link)
-            shutil.copytree(self.path(step), link, dirs_exist_ok=True)
+            shutil.copytree(self.path(step), link)
 
     def prune(self, scores: dict[int, float]) -> None:
         """Drop what is neither of the newest two nor of the best.
@@ -139,6 +145,19 @@ class Checkpoints:
             except OSError as error:
                 raise UserError(f"cannot drop {self.path(step)}: {one_line(error)}") from error
             shutil.rmtree(gone, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Drop what a killed run was writing or removing."""
+        for left in [*self.folder.glob("step-*.new"), *self.folder.glob("step-*.old")]:
+            shutil.rmtree(left, ignore_errors=True)
+
+    def set_aside_behind(self, step: int) -> None:
+        """Rename the checkpoints of later steps, which were damaged: they count no more."""
+        for later in self.steps():
+            if later > step:
+                path = self.path(later).with_name(f"{self.path(later).name}.damaged")
+                shutil.rmtree(path, ignore_errors=True)
+                self.path(later).rename(path)
 
     def newest(self, report: Callable[[str], object]) -> int | None:
         """The last step whose files are as they were written; None where there is no checkpoint.
@@ -199,8 +218,11 @@ def _sync(path: Path) -> None:
 def verify(folder: Path) -> None:
     """Raises UserError where a file is missing or is not what was written."""
     try:
+        folder = folder.resolve()  # of a link
         manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
         files, version = manifest["files"], manifest["format"]
+        if folder.name != f"step-{manifest['step']:08d}":
+            raise UserError(f"{folder} holds the checkpoint of step {manifest['step']}")
         if version != FORMAT:
             raise UserError(f"{folder} has format {version!r}, {FORMAT} is read")
         for name in FILES:

@@ -227,7 +227,7 @@ def train_epoch(run: Training, loader: DataLoader, hooks: Hooks | None = None) -
             hooks.skipped(Skipped(run.step, run.epoch, window, window_loss.item(), run.in_a_row))
         ends = run.step == run.last_step or run.place == batches
         if ends or (run.step - first_step) % run.log_interval == 0:
-            if ends and not has_finite_weights(model):
+            if ends and not all_finite(model, accelerator):
                 raise UserError(f"weights became infinite or nan by step {run.step}")
             if run.finite_steps:
                 mean_loss: Any = accelerator.reduce(loss_sum.clone(), "mean")
@@ -265,11 +265,14 @@ def memory_mib(device: torch.device) -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB elsewhere
 
 
-def has_finite_weights(model: nn.Module) -> bool:
-    """Whether no parameter, or part of one on this process, holds an infinity or a NaN."""
-    parts: list[Any] = list(model.parameters())
+def all_finite(model: nn.Module, accelerator: Accelerator) -> bool:
+    """Whether no parameter and no statistic, over all processes, holds an infinity or a NaN."""
+    parts: list[Any] = [*model.parameters(), *model.buffers()]
     parts = [p.to_local() if hasattr(p, "to_local") else p for p in parts]
-    return bool(torch.stack([p.isfinite().all() for p in parts]).all())
+    finite = torch.stack([p.isfinite().all() for p in parts]).all()
+    if accelerator.num_processes == 1:
+        return bool(finite)
+    return not largest((~finite).float()[None])[0]
 
 
 @torch.no_grad()

@@ -42,8 +42,12 @@ def worker_died(error: RuntimeError) -> OwnError | None:
     """What to tell the user, where that is what torch has raised; it may come at any line."""
     if "DataLoader worker" not in str(error):
         return None
+    told: BaseException | None = error
+    while told is not None and "killed by signal" not in str(told):
+        told = told.__cause__ or told.__context__
+    what = one_line(told or error).rstrip(" .")
     return OwnError(
-        f"{one_line(error)} Out of memory is a common cause: fewer --workers need less; with "
+        f"{what}. Out of memory is a common cause: fewer --workers need less; with "
         "--workers 0 an error shows itself"
     )
 

@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -83,12 +84,14 @@ class RunFolder:
     def _open(self, config: Config, processes: int) -> None:
         held = sorted(p.name for p in self.path.iterdir() if p.name != LOCK_FILE)
         begun = CONFIG_FILE in held
+        early = re.compile(r"environment.*\.json|changes.*\.patch|config\.yaml\.new")
+        killed_at_its_start = held and all(early.fullmatch(name) for name in held)
         if held and config.run.resume is None:
             again = " or --resume auto" if begun else ""
             raise UserError(
                 f"{self.path} is not empty, it holds {held[0]}; name a new --run-dir{again}"
             )
-        if held and not begun:
+        if held and not begun and not killed_at_its_start:
             raise UserError(f"{self.path} holds {held[0]}, but no run: no {CONFIG_FILE}")
         self._lock()
         if begun:
@@ -97,9 +100,13 @@ class RunFolder:
             count = len(list(self.path.glob("environment*.json")))
             describe_environment(self.path, f"environment-{count + 1}.json", processes)
         else:
-            resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-            (self.path / CONFIG_FILE).write_text(resolved, encoding="utf-8")
             describe_environment(self.path, ENVIRONMENT_FILE, processes)
+            # A run that is begun from this file is another.
+            values = config.model_dump(mode="json")
+            values["run"] |= {"run_dir": None, "resume": None}
+            fresh = self.path / f"{CONFIG_FILE}.new"
+            fresh.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+            fresh.replace(self.path / CONFIG_FILE)  # last: a folder with it is a run
         # Opened at its beginning: `rewind` says from where on a resumed run writes.
         (self.path / METRICS_FILE).touch()
         self.metrics = (self.path / METRICS_FILE).open("r+b")
@@ -146,8 +153,13 @@ class RunFolder:
         self.metrics.seek(metrics_bytes)
         self.start = time.perf_counter() - seconds
 
-    def metrics_bytes(self) -> int:
-        """Length of the metrics so far."""
+    def sync(self) -> int:
+        """The metrics to the disk; their length so far."""
+        try:
+            self.metrics.flush()
+            os.fsync(self.metrics.fileno())
+        except OSError as error:
+            raise UserError(f"cannot write {self.path / METRICS_FILE}: {error.strerror}") from error
         return self.metrics.tell()
 
     def seconds(self) -> float:

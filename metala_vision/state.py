@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from .checkpoint import FORMAT
@@ -31,6 +32,17 @@ def set_rng_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+
+
+def share_buffers(accelerator: Accelerator, model: nn.Module) -> None:
+    """Give all processes the main one's buffers, which are those that a checkpoint holds.
+
+    BatchNorm's statistics differ between processes until DDP's next step copies them; an average of
+    the weights keeps its own.
+    """
+    if accelerator.num_processes > 1 and not is_sharded(model):
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
 
 
 def _sharded_options() -> Any:

@@ -11,17 +11,17 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from .build import Built, build
+from .build import Built, collect, join
 from .card import write_card
 from .checkpoint import Checkpoints, load_state, load_weights
 from .config import Config
 from .data import Unreadable
 from .engine import Evaluation, Hooks, Interval, Skipped, evaluate, train_epoch
-from .errors import OwnError, ReportedError, Stopped, UserError, worker_died
+from .errors import OwnError, ReportedError, Stopped, UserError, one_line, worker_died
 from .plots import learning_curve
-from .processes import Signals, agree, create_accelerator
+from .processes import Signals, agree, create_accelerator, gathered
 from .run_folder import RunFolder, read_metrics, resumed_config
-from .state import restore, training_state, weights_of
+from .state import restore, share_buffers, training_state, weights_of
 from .trackers import check_trackers, start_trackers, track
 
 # Without a progress bar (output to a file), a line is printed this often, in seconds.
@@ -59,13 +59,21 @@ def train(config: Config, name: str = "train") -> TrainResult:
         try:
             config = resumed_config(config)
             check_trackers(config)
-            built = build(config, accelerator)
+            built = collect(config, accelerator)
+        except UserError as error:
+            failure = error
+        agree(accelerator, failure)
+        assert built is not None
+        try:
+            seen = gathered(accelerator, [built.split.fingerprint])
+            if len(set(seen)) > 1:
+                raise UserError("the processes do not see the same images")
+            join(built)
             if accelerator.is_main_process:
                 folder = RunFolder(built.config, name, accelerator.num_processes)
         except UserError as error:
             failure = error
         agree(accelerator, failure)
-        assert built is not None
         try:
             result = Run(built, folder, name, accelerator, signals).whole()
             accelerator.wait_for_everyone()  # none ends while another still writes
@@ -78,8 +86,9 @@ def train(config: Config, name: str = "train") -> TrainResult:
         except (RuntimeError, ConnectionError) as error:
             if accelerator.num_processes == 1 or not _is_of_the_network(error):
                 raise
-            rank = accelerator.process_index
-            raise ReportedError(f"process {rank} lost the others") from error
+            line = f"process {accelerator.process_index} lost the others: {one_line(error)}"
+            kind = UserError if accelerator.is_main_process else ReportedError
+            raise kind(line) from error
         finally:
             built.loaders.close()
             if folder is not None:
@@ -212,6 +221,7 @@ class Run:
         try:
             checkpoints = Checkpoints(self.config.run.run_dir or Path())
             if self.folder is not None:
+                checkpoints.sweep()
                 found = checkpoints.newest(self.say)
         except UserError as error:
             failure = error
@@ -240,8 +250,11 @@ class Run:
             self.saved_step = self.training.step
             if self.folder is not None:
                 self.folder.rewind(state["metrics_bytes"], state["seconds"])
+                checkpoints.set_aside_behind(found)
         except UserError as error:
             failure = error
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            failure = UserError(f"the checkpoint of step {found} lacks {one_line(error)}")
         agree(self.accelerator, failure)
         self.say(f"resumed at step {self.training.step} of {self.training.last_step}")
 
@@ -267,7 +280,7 @@ class Run:
                     (step, epoch, dataclasses.asdict(values))
                     for step, (epoch, values) in self.evaluations.items()
                 ],
-                "metrics_bytes": self.folder.metrics_bytes(),
+                "metrics_bytes": self.folder.sync(),
                 "seconds": self.folder.seconds(),
             }
             checkpoints = self.checkpoints()
@@ -292,6 +305,7 @@ class Run:
     def evaluate(self) -> None:
         training = self.training
         epoch = training.epoch + (training.place > 0)
+        share_buffers(self.accelerator, self.built.evaluated)
         last = evaluate(
             self.built.evaluated, self.built.loaders.val, self.accelerator,
             self.unreadable["held-out"],

@@ -61,12 +61,32 @@ def kill_at(process: subprocess.Popen, run_dir: Path, step: int, timeout=240) ->
     return False
 
 
+def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int, timeout=240) -> None:
+    """Until the metrics tell of it."""
+    end = time.monotonic() + timeout
+    while step_reached(run_dir) < step:
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < end, "the run does not reach the step"
+        time.sleep(0.02)
+
+
 def step_reached(run_dir: Path) -> int:
     try:
         lines = (run_dir / "metrics.jsonl").read_text().splitlines()
         return max(json.loads(line).get("step", 0) for line in lines)
     except (OSError, ValueError):
         return -1
+
+
+def children(pid: int):
+    """Processes that this one has started."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
+                    yield int(entry.name)
+            except (OSError, ValueError):
+                continue
 
 
 def metrics(run_dir: Path) -> list[dict]:

@@ -3,6 +3,7 @@
 import io
 import shutil
 import tarfile
+from glob import glob
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from metala_vision.archives import read_shards, read_tar
 from metala_vision.cli import main
 from metala_vision.config import DataConfig
-from metala_vision.errors import UnreadableImage, UserError
+from metala_vision.errors import OwnError, UnreadableImage, UserError
 from metala_vision.sources import FolderSource, fingerprint
 from metala_vision.splits import find_split
 from tests.conftest import SMALL_MODEL
@@ -213,3 +214,75 @@ def test_the_fingerprint_follows_images_and_labels(own_digit_tree, tmp_path):
     image = own_digit_tree / "train" / "digit0" / "00.png"
     image.rename(image.with_name("zz.png"))
     assert now() != before
+
+
+def test_few_descriptors_are_enough_for_many_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr("metala_vision.archives.OPEN_FILES", 2)
+    files = [shard_of(tmp_path / f"train-{i}.tar", [str(i % 2)]) for i in range(9)]
+    source = read_shards(files)
+    for _ in range(2):
+        assert all(source.image(i).size == (4, 4) for i in range(9))
+        assert len(source.opened) == 2
+    files[3].unlink()
+    source = read_shards([f for f in files if f.exists()])
+    files[4].unlink()
+    with pytest.raises(OwnError, match=r"cannot open .*train-4\.tar: No such file"):
+        source.image(3)
+
+
+def shard_of(path, labels):
+    with tarfile.open(path, "w") as archive:
+        for i, label in enumerate(labels):
+            image = io.BytesIO()
+            Image.new("RGB", (4, 4)).save(image, "jpeg")
+            add(archive, f"{i}.jpg", image.getvalue())
+            add(archive, f"{i}.cls", label.encode())
+    return path
+
+
+def test_the_order_of_a_folder_does_not_matter(packed, monkeypatch):
+    first = read_tar(packed / "tars" / "train")
+    from timm.data.readers import reader_image_in_tar
+
+    monkeypatch.setattr(reader_image_in_tar, "glob", lambda *a, **k: sorted(glob(*a, **k))[::-1])
+    again = read_tar(packed / "tars" / "train")
+    assert fingerprint(again) == fingerprint(first) and again.targets == first.targets
+
+
+def test_labels_that_are_names_in_training_are_names_in_evaluation(tmp_path):
+    train = read_shards([shard_of(tmp_path / "a.tar", ["1", "2", "cat"])])
+    assert train.classes == ["1", "2", "cat"]
+    assert read_shards([shard_of(tmp_path / "b.tar", ["2", "1"])], train.classes).targets == [1, 0]
+
+
+def test_what_a_mac_adds_is_no_image_and_a_link_is_refused(tmp_path):
+    path = shard_of(tmp_path / "a.tar", ["1", "0"])
+    with tarfile.open(path, "a") as archive:
+        for name in ("._0.jpg", "__MACOSX/1.jpg", ".hidden/2.jpg"):
+            add(archive, name, b"x")
+    assert len(read_shards([path])) == 2
+    tree = tmp_path / "tree.tar"
+    with tarfile.open(tree, "w") as archive:
+        for name in ("a/0.jpg", "b/0.jpg", "a/._0.jpg", ".hid/0.jpg"):
+            add(archive, name, b"x")
+    source = read_tar(tree)
+    assert source.classes == ["a", "b"] and source.keys == ["a/0.jpg", "b/0.jpg"]
+    with tarfile.open(path, "a") as archive:
+        link = tarfile.TarInfo("9.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "0.jpg"
+        archive.addfile(link)
+    with pytest.raises(UserError, match=r"9\.jpg is a link; shards hold files"):
+        read_shards([path])
+
+
+def test_images_without_a_label_are_refused(hub, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
+    image = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(image, "png")
+    for part, labels in (("train", [0, 1]), ("validation", [1, -1])):
+        rows = {"image": [{"bytes": image.getvalue(), "path": None}] * 2, "label": labels}
+        made = datasets.Dataset.from_dict(rows, features=features)
+        made.to_parquet(tmp_path / f"{part}-0.parquet")
+    with pytest.raises(UserError, match=r"\[validation\] has images without a label"):
+        find_split(DataConfig(dataset="hfds", data_dir=tmp_path))

@@ -1,6 +1,7 @@
 """Several processes evaluate and train as one."""
 
 import json
+import shutil
 
 import pytest
 import timm
@@ -9,7 +10,7 @@ from sklearn.datasets import load_digits
 from timm.models import save_for_hf
 
 import metala_vision  # noqa: F401  (registers the models)
-from tests.train._runs import finish, launch
+from tests.train._runs import assert_same_run, finish, launch, metrics
 
 IMAGES = 1003
 
@@ -65,3 +66,25 @@ def test_an_evaluation_is_exact_over_processes(checkpoint, images, tmp_path):
         # Other batches, another rounding of the logits.
         for key in ("loss", "calibration_error"):
             assert report[key] == pytest.approx(reports[0][key], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_statistics_of_a_batch_norm_are_those_that_are_saved(digit_tree, tmp_path):
+    """Each process sees other images: what is evaluated, saved and resumed is the first one's."""
+    run_dir = tmp_path / "run"
+    given = [
+        "--model", "test_resnet", "--img-size", 64, "--data-dir", digit_tree, "--batch-size", 6,
+        "--workers", 0, "--epochs", 3, "--warmup-epochs", 1, "--lr", "1e-2", "--model-ema",
+        "--log-interval", 1, "--resume", "auto",
+    ]  # fmt: skip
+    finish(launch([*given, "--run-dir", run_dir], processes=2))
+    out = tmp_path / "out.json"
+    finish(launch(["eval", run_dir / "last", "--data-dir", digit_tree, "--json", out]))
+    told = [x for x in metrics(run_dir) if x["event"] == "eval"][-1]
+    assert json.loads(out.read_text())["loss"] == pytest.approx(told["loss"], rel=1e-5)
+
+    broken = shutil.copytree(run_dir, tmp_path / "broken", symlinks=True)
+    shutil.rmtree(broken / "checkpoints" / "step-00000009")
+    printed, _ = finish(launch([*given, "--run-dir", broken], processes=2))
+    assert "resumed at step 6 of 9" in printed
+    assert_same_run(broken, run_dir)

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -19,12 +18,13 @@ from metala_vision.sampling import EpochBatches, EvaluationOrder
 from tests.conftest import SMALL_MODEL
 from tests.train._runs import (
     assert_same_run,
+    children,
     finish,
     free_port,
     kill_at,
     launch,
     metrics,
-    step_reached,
+    wait_for_step,
 )
 
 # Everything that has a state of its own: workers, augmentation, mixing, accumulation, an average of
@@ -36,6 +36,8 @@ FLAGS = (
     "rand-m9-mstd0.5-inc1", "--reprob", "0.25", "--checkpoint-minutes", "0.0001",
     "--checkpoint-hist", "2", "--clip-grad", "1",
 )  # fmt: skip
+
+SLOW = pytest.mark.slow
 
 
 def flags(tree, run_dir, epochs, *more):
@@ -111,8 +113,7 @@ def test_the_newest_the_best_and_no_more_are_kept(digit_tree, tmp_path):
 def test_a_signal_saves_and_ends_with_its_status(number, digit_tree, tmp_path):
     run_dir = tmp_path / "run"
     run = launch(flags(digit_tree, run_dir, 500, "--checkpoint-minutes", "60"))
-    while step_reached(run_dir) < 3:
-        time.sleep(0.05)
+    wait_for_step(run, run_dir, 3)
     run.send_signal(number)
     _, err = finish(run, status=128 + number)
     step = int((run_dir / "last").resolve().name[5:])
@@ -122,14 +123,15 @@ def test_a_signal_saves_and_ends_with_its_status(number, digit_tree, tmp_path):
     assert state["step"] == step == metrics(run_dir)[-1]["step"]
 
 
-def test_sigterm_under_torchrun_saves_one_step_of_all(digit_tree, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=SLOW)])
+def test_a_signal_under_torchrun_saves_one_step_of_all(number, digit_tree, tmp_path):
+    """SIGTERM to torchrun, which passes it on; SIGUSR1, which it does not know, to one of two."""
     run_dir = tmp_path / "run"
     run = launch(flags(digit_tree, run_dir, 500, "--checkpoint-minutes", "60"), processes=2)
-    while step_reached(run_dir) < 3:
-        time.sleep(0.05)
-    run.send_signal(signal.SIGTERM)
+    wait_for_step(run, run_dir, 3)
+    os.kill(run.pid if number == signal.SIGTERM else max(children(run.pid)), number)
     _, err = run.communicate(timeout=120)
-    assert run.returncode != 0 and err.count("stopped by SIGTERM, saved at step") == 1, err
+    assert run.returncode != 0 and err.count(f"stopped by {number.name}, saved at step") == 1, err
     state = torch.load(run_dir / "last" / "training_state.pt", weights_only=True)
     assert len(state["processes"]) == 2
     first, second = (own["rng"]["torch"] for own in state["processes"])
