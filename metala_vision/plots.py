@@ -41,27 +41,31 @@ def learning_curve(metrics: list[dict[str, Any]], title: str, path: Path) -> Non
     loss_axis, accuracy_axis = figure.subplots(1, 2)
     figure.suptitle(title)
 
-    steps = [line["step"] for line in train]
-    loss_axis.plot(steps, [line["loss"] for line in train], color="#0072b2", label="training")
-    eval_steps = [line["step"] for line in evals]
-    marker = "o" if len(evals) < 30 else ""
-    style = {"marker": marker, "markersize": 3.5}
     loss_axis.plot(
-        eval_steps, [line["loss"] for line in evals], color="#d55e00", label="held out", **style
-    )
-    loss_axis.set(xlabel="step", ylabel="cross entropy", ylim=(0, None))
-
-    for key, name, color in (("top1", "top-1", "#d55e00"), ("top5", "top-5", "#009e73")):
+        [line["step"] for line in train], [line["loss"] for line in train], color="#0072b2",
+        label="training",
+    )  # fmt: skip
+    steps = [line["step"] for line in evals]
+    for axis, key, color, label in (
+        (loss_axis, "loss", "#d55e00", "held out"),
+        (accuracy_axis, "top5", "#009e73", "top-5"),
+        (accuracy_axis, "top1", "#d55e00", "top-1"),
+    ):
         values = [line[key] for line in evals]
-        accuracy_axis.plot(eval_steps, values, color=color, label=name, **style)
-    if evals:
-        last = evals[-1]
-        accuracy_axis.annotate(
-            f"{last['top1']:.1f} %", (last["step"], last["top1"]), xytext=(-4, -14),
-            textcoords="offset points", ha="right",
-        )  # fmt: skip
-    accuracy_axis.set(xlabel="step", ylabel="held-out accuracy, %", ylim=(0, 102))
-    for axis, place in ((loss_axis, "upper right"), (accuracy_axis, "lower right")):
+        marker = "o" if len(evals) < 30 else ""
+        axis.plot(steps, values, color=color, marker=marker, markersize=4, label=label)
+        if axis is accuracy_axis and values:
+            axis.annotate(
+                f"{values[-1]:.1f}", (steps[-1], values[-1]), xytext=(0, 5 if key == "top5" else -13),
+                ha="center",
+                textcoords="offset points",
+            )  # fmt: skip
+    loss_axis.set(xlabel="step", ylabel="cross entropy", ylim=(0, None))
+    accuracy_axis.set(xlabel="step", ylabel="held-out accuracy, %", ylim=(0, 105))
+    last = max((line["step"] for line in [*train, *evals]), default=1)
+    for axis in (loss_axis, accuracy_axis):
+        axis.set_xlim(0, 1.05 * last)
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False, loc=place)  # to look for the best one may take seconds
+        # Above the axes: no curve runs there.
+        axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
     _save(figure, path)
