@@ -56,7 +56,9 @@ def learning_curve(metrics: list[dict[str, Any]], title: str, path: Path) -> Non
         axis.plot(steps, values, color=color, marker=marker, markersize=4, label=label)
         if axis is accuracy_axis and values:
             axis.annotate(
-                f"{values[-1]:.1f}", (steps[-1], values[-1]), xytext=(0, 5 if key == "top5" else -13),
+                f"{values[-1]:.1f}",
+                (steps[-1], values[-1]),
+                xytext=(0, 5 if key == "top5" else -13),
                 ha="center",
                 textcoords="offset points",
             )  # fmt: skip
