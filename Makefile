@@ -6,13 +6,16 @@ READY := $(VENV)/.ready
 # A process a core, each with one thread: the tensors are small.
 PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: quickstart test test-kernels test-export test-timm test-slow test-gpu check bench clean
+.PHONY: quickstart test test-launch test-kernels test-export test-timm test-slow test-gpu check bench clean
 
 quickstart: $(READY)  ## train on scikit-learn's digits: curve, checkpoint, top-1
 	$(BIN)/python train_imagenet.py --config quickstart
 
 test: $(READY)  ## the fast tests
-	$(PARALLEL) -m "not slow and not export and not gpu and not interpreter and not aot"
+	$(PARALLEL) -m "not slow and not launch and not export and not gpu and not interpreter and not aot"
+
+test-launch: $(READY)  ## runs under torchrun and accelerate, killed and resumed
+	$(PARALLEL) -m "launch and not slow"
 
 test-kernels: $(READY)  ## the Triton kernels without a GPU: interpreted, and compiled for GPUs
 	TRITON_INTERPRET=1 $(PARALLEL) tests/kernels -m "interpreter and not slow"

@@ -160,6 +160,7 @@ def test_other_images_are_refused(stopped, own_digit_tree, capsys):
     assert "the images are not those that" in capsys.readouterr().err
 
 
+@pytest.mark.launch
 def test_another_number_of_processes_is_refused(stopped, digit_tree):
     err = launch_once(flags(digit_tree, stopped), processes=2)
     assert err.count("is on 1 process(es), this is 2: an exact resume needs as many") == 1
@@ -172,6 +173,7 @@ def launch_once(given, processes, **kwargs):
     return err
 
 
+@pytest.mark.launch
 def test_a_folder_in_which_a_run_trains_is_refused(digit_tree, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("metala_vision.run_folder.LOCK_WAIT", 1)
     run_dir = tmp_path / "run"
@@ -229,6 +231,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the worker in /proc")
+@pytest.mark.launch
 def test_a_dead_worker_is_reported_with_its_cause(digit_tree, tmp_path):
     run_dir = tmp_path / "run"
     more = ("--epochs", "5000", "--eval-interval", "5000", "--workers", "2")
@@ -244,6 +247,7 @@ def test_a_dead_worker_is_reported_with_its_cause(digit_tree, tmp_path):
     assert error.endswith(f"is kept in {run_dir / 'last'}")
 
 
+@pytest.mark.launch
 def test_lonely_processes_are_refused(digit_tree, tmp_path):
     """WORLD_SIZE without the rest: each would be a rank 0."""
     environment = {**os.environ, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
@@ -330,6 +334,7 @@ def test_processes_agree_on_an_error(monkeypatch):
         agree(Of(), None)  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.launch
 def test_one_process_of_two_without_the_images(digit_tree, tmp_path):
     """Both end, and one line tells it."""
     script = tmp_path / "blind.py"

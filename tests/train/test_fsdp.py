@@ -11,7 +11,7 @@ import metala_vision  # noqa: F401  (registers the models)
 from tests.conftest import SMALL_MODEL
 from tests.train._runs import ROOT, assert_same_run, finish, launch, metrics
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.launch]
 SCRIPT = ROOT / "tests" / "train" / "_fsdp.py"
 
 

@@ -13,6 +13,7 @@ import metala_vision  # noqa: F401  (registers the models)
 from tests.train._runs import assert_same_run, finish, launch, metrics
 
 IMAGES = 1003
+pytestmark = pytest.mark.launch
 
 
 @pytest.fixture(scope="module")

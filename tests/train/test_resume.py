@@ -54,6 +54,7 @@ def flags(tree, run_dir, epochs, *more):
         pytest.param(2, 10, 16, id="two processes, ten kills", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.launch
 def test_a_run_that_is_killed_goes_on_as_itself(processes, kills, epochs, digit_tree, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     finish(launch(flags(digit_tree, whole, epochs), processes))
@@ -110,6 +111,7 @@ def test_the_newest_the_best_and_no_more_are_kept(digit_tree, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda s: s.name)
+@pytest.mark.launch
 def test_a_signal_saves_and_ends_with_its_status(number, digit_tree, tmp_path):
     run_dir = tmp_path / "run"
     run = launch(flags(digit_tree, run_dir, 500, "--checkpoint-minutes", "60"))
@@ -124,6 +126,7 @@ def test_a_signal_saves_and_ends_with_its_status(number, digit_tree, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=SLOW)])
+@pytest.mark.launch
 def test_a_signal_under_torchrun_saves_one_step_of_all(number, digit_tree, tmp_path):
     """SIGTERM to torchrun, which passes it on; SIGUSR1, which it does not know, to one of two."""
     run_dir = tmp_path / "run"
@@ -140,6 +143,7 @@ def test_a_signal_under_torchrun_saves_one_step_of_all(number, digit_tree, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.launch
 def test_two_processes_are_one_with_twice_the_batch(digit_tree, tmp_path):
     """Losses over 50 steps; batches of 12 mixed as one."""
     losses = []
@@ -158,6 +162,7 @@ def test_two_processes_are_one_with_twice_the_batch(digit_tree, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.launch
 def test_two_nodes_run_one_job(digit_tree, tmp_path):
     """Two agents on this machine, one process each, are two processes under one agent."""
     expected, run_dir = tmp_path / "expected", tmp_path / "nodes"
@@ -172,6 +177,7 @@ def test_two_nodes_run_one_job(digit_tree, tmp_path):
     assert_same_run(run_dir, expected)
 
 
+@pytest.mark.launch
 def test_accelerate_launch_starts_it_too(digit_tree, tmp_path):
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     command = [*launcher, "--cpu", "--num_processes", "1", "train_imagenet.py"]
