@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "train a model on a folder of images",
     "eval": "evaluate a checkpoint on a folder of images",
     "bench": "measure loader, training step and evaluation of a configuration",
+    "compare": "train several models under one recipe, as one table",
     "visualize": "draw the scan orders",
 }
 
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None, prog: str = "metala-vision", command: st
             arguments = arguments[1:]
         run = {
             "train": train_command, "eval": eval_command, "bench": bench_command,
+            "compare": compare_command,
             "visualize": visualize_command,
         }[command]  # fmt: skip
         return run(arguments, f"{prog} {command}")
@@ -163,6 +165,30 @@ def bench_command(argv: list[str], prog: str) -> int:
     if given.json is not None:
         write_json(given.json, speed)
     return 0
+
+
+def compare_command(argv: list[str], prog: str) -> int:
+    """Compare; the last lines printed are the table and its path."""
+    parser = _Parser(
+        prog, description="Train several models under one recipe; a comparison that was stopped "
+        "goes on.", formatter_class=_Formatter,
+    )  # fmt: skip
+    parser.add_argument("comparison", help="YAML file, or one that ships: compare/quickstart")
+    parser.add_argument("--output", type=Path, help="folder [runs/NAME of the file]")
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, help="for each part of a speed; 0: no speeds [5]"
+    )
+    given = parser.parse_args(argv)
+    if not 0 <= given.seconds < float("inf"):
+        raise UserError(f"--seconds needs a number of 0 or more, got {given.seconds}")
+    from .compare import TABLE_FILES, as_markdown, compare, load_comparison
+
+    comparison = load_comparison(given.comparison)
+    output = given.output or Path("runs") / f"compare-{Path(given.comparison).stem}"
+    rows = compare(comparison, output, given.seconds)
+    print(as_markdown(rows))
+    print(output / TABLE_FILES[0])
+    return 1 if any(row.errors for row in rows) else 0
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -11,11 +11,12 @@ from .errors import UserError, nearest, one_line
 
 # The files that ship with the package, also as configs/ at the root of a checkout.
 CONFIG_FOLDER = Path(__file__).parent / "configs"
+OTHER_FOLDERS = ("accelerate", "compare")  # in it, whose files configure no run
 
 
 def shipped_configs() -> list[str]:
     """Names of the configurations that ship with the package, such as "quickstart"."""
-    files = (f for f in CONFIG_FOLDER.rglob("*.yaml") if f.parent.name != "accelerate")
+    files = (f for f in CONFIG_FOLDER.rglob("*.yaml") if f.parent.name not in OTHER_FOLDERS)
     return sorted(f.relative_to(CONFIG_FOLDER).with_suffix("").as_posix() for f in files)
 
 
@@ -68,10 +69,10 @@ def load_config(
         section, *rest = error.errors()[0]["loc"] or ("",)
         typed = path is None or (rest and rest[0] in overrides.get(str(section), {}))
         source = "" if typed else f"{path}: "
-        raise UserError(f"{source}{one_line(_explain(error))}") from error
+        raise UserError(f"{source}{one_line(explain(error))}") from error
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError) -> str:
     """The first complaint of pydantic as one line, with the nearest key where one is unknown."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])

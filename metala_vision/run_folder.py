@@ -6,6 +6,7 @@ changes.patch      uncommitted changes of the code, where there were any
 metrics.jsonl      a line per logged interval and per evaluation
 curve.png          loss and accuracy over the steps
 README.md          the model card
+result.json        its figures; a folder that has it is finished
 checkpoints/       the newest two and the best, see checkpoint.py; last and best point to two
 """
 
@@ -36,6 +37,7 @@ from .errors import UserError
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
+RESULT_FILE = "result.json"
 LOCK_FILE = ".lock"
 LOCK_WAIT = 15  # seconds; the data workers of a killed run end within 5, and hold it until then
 PACKAGES = (
@@ -175,6 +177,16 @@ class RunFolder:
             self.metrics.flush()
         except OSError as error:
             raise UserError(f"cannot write {self.path / METRICS_FILE}: {error.strerror}") from error
+
+    def finish(self, facts: dict[str, Any]) -> None:
+        """Write result.json."""
+        path = self.path / RESULT_FILE
+        fresh = path.with_name(f"{RESULT_FILE}.new")
+        try:
+            fresh.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            fresh.replace(path)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
 
     def close(self) -> None:
         """Close the metrics; every line was flushed when it was written."""

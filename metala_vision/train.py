@@ -338,6 +338,7 @@ class Run:
         }  # fmt: skip
         if self.folder is not None:
             write_card(self.path, self.name, facts)
+            self.folder.finish(facts)
         path = self.path if self.folder is not None else self.config.run.run_dir or Path()
         return TrainResult(path, last, best, best_epoch)
 

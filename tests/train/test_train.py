@@ -58,7 +58,7 @@ def test_a_run_leaves_everything_that_the_folder_promises(finished_run):
     left = {p.name for p in finished_run.iterdir()} - {"changes.patch"}
     assert left == {
         "config.yaml", "environment.json", "metrics.jsonl", "curve.png", "README.md", "checkpoints",
-        "best", "last", ".lock",
+        "best", "last", ".lock", "result.json",
     }  # fmt: skip
     assert {p.name for p in (finished_run / "checkpoints").iterdir()} == {
         "step-00000003", "step-00000006",
