@@ -250,7 +250,7 @@ class HubSource:
     def image(self, index: int) -> Image.Image:
         try:
             file: Any = self.reader[index][0]
-        except Exception as error:
+        except Exception as error:  # a damaged row makes the library raise anything
             name = self.name(index)
             raise UnreadableImage(f"cannot read image {name}: {one_line(error)}") from error
         with file:

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from .build import collect, join
 from .config import Config
 from .engine import memory_mib
-from .errors import UserError
+from .errors import UserError, out_of_memory
 from .processes import create_accelerator
 
 WARM_UP = 2  # batches before the clock starts
@@ -107,10 +107,7 @@ def bench(config: Config, seconds: float = 10.0) -> Speed:
         memory = memory_mib(accelerator.device)
         evaluated = images_per_second(forward, seconds, wait)
     except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"out of memory with data.batch_size={config.data.batch_size}; a smaller --batch-size "
-            "or --grad-checkpointing needs less"
-        ) from error
+        raise out_of_memory(config.data.batch_size) from error
     return Speed(
         config.model.model, built.parameters, len(target), str(accelerator.device), loader, trained,
         evaluated, memory,

@@ -227,11 +227,10 @@ def _trained(
     comparison: CompareConfig, member: Member, seed: int, output: Path, row: Row
 ) -> dict[str, Any] | None:
     run_dir = output / f"{member.name}-{seed}"
-    config = _written(comparison, member, seed, output)
     if not (run_dir / RESULT_FILE).is_file():
         print(f"{member.name}, seed {seed}", flush=True)
-    flags = ["--config", str(config), "--run-dir", str(run_dir), "--resume", "auto"]
-    if not (run_dir / RESULT_FILE).is_file():
+        config = _written(comparison, member, seed, output)
+        flags = ["--config", str(config), "--run-dir", str(run_dir), "--resume", "auto"]
         error = _command("train", flags, output / f"{run_dir.name}.txt")
         if error is not None:
             row.errors.append(f"seed {seed}: {error}")

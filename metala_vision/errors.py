@@ -52,6 +52,14 @@ def worker_died(error: RuntimeError) -> OwnError | None:
     )
 
 
+def out_of_memory(batch_size: int) -> UserError:
+    """What to tell the user where the device is full."""
+    return UserError(
+        f"out of memory with data.batch_size={batch_size}; a smaller --batch-size or "
+        "--grad-checkpointing needs less"
+    )
+
+
 class ReportedError(UserError):
     """An error that another process tells the user."""
 

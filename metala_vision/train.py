@@ -17,7 +17,15 @@ from .checkpoint import Checkpoints, load_state, load_weights
 from .config import Config
 from .data import Unreadable
 from .engine import Evaluation, Hooks, Interval, Skipped, evaluate, train_epoch
-from .errors import OwnError, ReportedError, Stopped, UserError, one_line, worker_died
+from .errors import (
+    OwnError,
+    ReportedError,
+    Stopped,
+    UserError,
+    one_line,
+    out_of_memory,
+    worker_died,
+)
 from .plots import learning_curve
 from .processes import Signals, agree, create_accelerator, gathered
 from .run_folder import RunFolder, read_metrics, resumed_config
@@ -79,10 +87,7 @@ def train(config: Config, name: str = "train") -> TrainResult:
             accelerator.wait_for_everyone()  # none ends while another still writes
             return result
         except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"out of memory with data.batch_size={config.data.batch_size}; a smaller "
-                "--batch-size or --grad-checkpointing needs less"
-            ) from error
+            raise out_of_memory(config.data.batch_size) from error
         except (RuntimeError, ConnectionError) as error:
             if accelerator.num_processes == 1 or not _is_of_the_network(error):
                 raise
