@@ -77,6 +77,12 @@ def largest(values: torch.Tensor) -> list[float]:
     return values.tolist()
 
 
+def is_of_the_network(error: Exception) -> bool:
+    """Whether torch tells, in its words, that another process of the run is gone."""
+    words = ("gloo", "nccl", "connection", "peer", "socket", "timed out")
+    return any(word in str(error).lower() for word in words)
+
+
 class Signals:
     """Notes SIGTERM and SIGUSR1 inside a `with`, for the loop to end where it can be saved.
 

@@ -27,7 +27,7 @@ from .errors import (
     worker_died,
 )
 from .plots import learning_curve
-from .processes import Signals, agree, create_accelerator, gathered
+from .processes import Signals, agree, create_accelerator, gathered, is_of_the_network
 from .run_folder import RunFolder, read_metrics, resumed_config
 from .state import restore, share_buffers, training_state, weights_of
 from .trackers import check_trackers, start_trackers, track
@@ -89,7 +89,7 @@ def train(config: Config, name: str = "train") -> TrainResult:
         except torch.OutOfMemoryError as error:
             raise out_of_memory(config.data.batch_size) from error
         except (RuntimeError, ConnectionError) as error:
-            if accelerator.num_processes == 1 or not _is_of_the_network(error):
+            if accelerator.num_processes == 1 or not is_of_the_network(error):
                 raise
             line = f"process {accelerator.process_index} lost the others: {one_line(error)}"
             kind = UserError if accelerator.is_main_process else ReportedError
@@ -99,11 +99,6 @@ def train(config: Config, name: str = "train") -> TrainResult:
             if folder is not None:
                 folder.close()
             accelerator.end_training()
-
-
-def _is_of_the_network(error: Exception) -> bool:
-    words = ("gloo", "nccl", "connection", "peer", "socket", "timed out")
-    return any(word in str(error).lower() for word in words)
 
 
 class Run:
