@@ -3,7 +3,8 @@
 Triton is imported when a call needs it, never before.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -66,8 +67,26 @@ def implementations(
     return portable
 
 
+_whole = False
+
+
+@contextmanager
+def whole_operators() -> Iterator[None]:
+    """Inside, a layer's call of an operator is one node for PyTorch's dispatcher, as it is for
+    torch.compile: what counts or records calls sees the operator, not the form that computes it."""
+    global _whole
+    before, _whole = _whole, True
+    try:
+        yield
+    finally:
+        _whole = before
+
+
 def in_graph(x: Tensor, impl: str) -> bool:
-    """Whether torch.compile is at work, without torch.export or functorch, and takes one node."""
+    """Whether a call is to be one node: with torch.compile at work, without torch.export or
+    functorch, or inside whole_operators."""
+    if _whole and impl == "auto":
+        return True
     if not torch.compiler.is_compiling():
         return False
     # The node chooses as "auto" does.

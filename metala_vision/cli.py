@@ -13,7 +13,7 @@ import yaml
 
 from ._version import __version__
 from .config import SECTIONS, Config
-from .config_file import load_config, shipped_configs
+from .config_file import load_config, shipped_comparisons, shipped_configs
 from .errors import ReportedError, Stopped, UserError, nearest, one_line
 
 PICTURES = (".png", ".pdf", ".svg")
@@ -172,23 +172,44 @@ def compare_command(argv: list[str], prog: str) -> int:
     parser = _Parser(
         prog, description="Train several models under one recipe; a comparison that was stopped "
         "goes on.", formatter_class=_Formatter,
+        epilog=f"comparisons that ship: {', '.join(shipped_comparisons())}",
     )  # fmt: skip
     parser.add_argument("comparison", help="YAML file, or one that ships: compare/quickstart")
     parser.add_argument("--output", type=Path, help="folder [runs/NAME of the file]")
     parser.add_argument(
         "--seconds", type=float, default=5.0, help="for each part of a speed; 0: no speeds [5]"
     )
+    parser.add_argument(
+        "--gpus", nargs="+", metavar="GPU", help="train one run on each of them at a time: 0 1 2"
+    )
     given = parser.parse_args(argv)
     if not 0 <= given.seconds < float("inf"):
         raise UserError(f"--seconds needs a number of 0 or more, got {given.seconds}")
-    from .compare import TABLE_FILES, as_markdown, compare, load_comparison
+    _check_gpus(given.gpus or [])
+    from .compare import as_markdown, compare, load_comparison
+    from .compare.report import REPORT_FILE
 
     comparison = load_comparison(given.comparison)
-    output = given.output or Path("runs") / f"compare-{Path(given.comparison).stem}"
-    rows = compare(comparison, output, given.seconds)
+    stem = Path(given.comparison).stem
+    output = given.output or Path("runs") / f"compare-{stem}"
+    rows = compare(comparison, output, given.seconds, given.gpus or (None,), f"Comparison: {stem}")
     print(as_markdown(rows))
-    print(output / TABLE_FILES[0])
+    print(output / REPORT_FILE)
     return 1 if any(row.errors for row in rows) else 0
+
+
+def _check_gpus(gpus: list[str]) -> None:
+    """Each is there, and given once."""
+    if not gpus:
+        return
+    import torch
+
+    count = torch.cuda.device_count()
+    for gpu in gpus:
+        if not gpu.isdecimal() or int(gpu) >= count:
+            raise UserError(f"--gpus: no GPU {gpu!r}, this machine has {count}")
+        if gpus.count(gpu) > 1:
+            raise UserError(f"--gpus: GPU {gpu} is given twice")
 
 
 def write_json(path: Path, values: Any) -> None:

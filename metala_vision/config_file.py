@@ -1,5 +1,6 @@
 """Configurations from files: those that ship, a user's own, and flags laid over them."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from .errors import UserError, nearest, one_line
 
 # The files that ship with the package, also as configs/ at the root of a checkout.
 CONFIG_FOLDER = Path(__file__).parent / "configs"
-OTHER_FOLDERS = ("accelerate", "compare")  # in it, whose files configure no run
+OTHER_FOLDERS = ("ablations", "accelerate", "compare")  # in it, whose files configure no run
 
 
 def shipped_configs() -> list[str]:
@@ -20,8 +21,20 @@ def shipped_configs() -> list[str]:
     return sorted(f.relative_to(CONFIG_FOLDER).with_suffix("").as_posix() for f in files)
 
 
-def find_config(name: str) -> Path:
-    """The file of that path, or the shipped one of that name."""
+def shipped_comparisons() -> list[str]:
+    """Names of the comparisons that ship with the package, such as "compare/quickstart"."""
+    files = (f for folder in ("ablations", "compare") for f in (CONFIG_FOLDER / folder).iterdir())
+    return sorted(f"{f.parent.name}/{f.stem}" for f in files if f.suffix == ".yaml")
+
+
+def find_config(name: str, shipped_names: Callable[[], list[str]] = shipped_configs) -> Path:
+    """The file of that path, or the shipped one of that name.
+
+    Args:
+        shipped_names: of the kind that is looked for, for the error.
+    Raises:
+        UserError: where there is neither.
+    """
     if Path(name).is_file():
         return Path(name)
     shipped = CONFIG_FOLDER / f"{name.removeprefix('configs/').removesuffix('.yaml')}.yaml"
@@ -29,7 +42,7 @@ def find_config(name: str) -> Path:
         return shipped
     raise UserError(
         f"no configuration {name!r}: neither a file nor one that ships; "
-        f"shipped: {', '.join(shipped_configs())}"
+        f"shipped: {', '.join(shipped_names())}"
     )
 
 

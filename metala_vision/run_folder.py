@@ -220,15 +220,17 @@ def resumed_config(config: Config) -> Config:
 
 def check_resumable(config: Config, path: Path) -> None:
     """UserError where a run of another configuration lies there, naming the first difference."""
+    check_same(config, path, f"the run in {path.parent}", "a resumed run keeps its configuration")
+
+
+def check_same(config: Config, path: Path, what: str, why: str = "take another folder") -> None:
+    """UserError where the configuration in that file differs in a key that shapes a run."""
     before = load_config(str(path))
     for section in SECTIONS:
         now, then = (getattr(c, section).model_dump() for c in (config, before))
         for key, value in now.items():
             if key not in FREE_KEYS.get(section, ()) and value != then[key]:
-                raise UserError(
-                    f"{section}.{key} is {value!r}, the run in {path.parent} has {then[key]!r}: "
-                    "a resumed run keeps its configuration"
-                )
+                raise UserError(f"{section}.{key} is {value!r}, {what} has {then[key]!r}: {why}")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -8,31 +8,10 @@ import pytest
 import yaml
 
 from metala_vision.cli import main
-from metala_vision.compare import check_matched, load_comparison
-from metala_vision.config_file import CONFIG_FOLDER
+from metala_vision.compare import check_matched, load_comparison, member_config
+from metala_vision.config_file import shipped_comparisons
 from metala_vision.errors import UserError
-
-SMALL = {"embed_dim": 32, "depth": 1, "num_heads": 1}
-
-
-def comparison(tmp_path, tree=None, **changes):
-    """A file with two small members on the digits' tree."""
-    values = {
-        "recipe": "quickstart",
-        "overrides": {
-            "model": {"img_size": 32, "patch_size": 8, "in_chans": 3, "model_kwargs": SMALL},
-            "data": {
-                "dataset": "folder", "data_dir": str(tree), "val_fraction": None, "batch_size": 12,
-                "mean": None, "std": None, "workers": 0,
-            },
-            "optim": {"epochs": 1, "warmup_epochs": 0},
-        },
-        "members": ["metala_nano", "attention_nano"],
-        **changes,
-    }  # fmt: skip
-    path = tmp_path / "comparison.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
+from tests.train._comparison import comparison
 
 
 def rows(output):
@@ -50,12 +29,12 @@ def test_a_comparison_from_its_file_to_its_table(digit_tree, tmp_path, capsys, m
         differs=["model.patch_size"],
     )  # fmt: skip
     output = tmp_path / "out"
-    monkeypatch.setattr("metala_vision.compare.check_matched", lambda comparison: None)
+    monkeypatch.setattr("metala_vision.compare.run.check_matched", lambda comparison: None)
     flags = ["compare", str(file), "--output", str(output), "--seconds", "0.2"]
     assert main(flags) == 1
     printed = capsys.readouterr().out
     table = (output / "compare.md").read_text()
-    assert table in printed and printed.splitlines()[-1] == str(output / "compare.md")
+    assert table in printed and printed.splitlines()[-1] == str(output / "report.html")
     found = rows(output)
     assert list(found) == ["metala_nano", "broken", "attention_nano"]
     for name in ("metala_nano", "attention_nano"):
@@ -65,8 +44,13 @@ def test_a_comparison_from_its_file_to_its_table(digit_tree, tmp_path, capsys, m
         assert found[name]["top1_count"] == "2" and float(found[name]["top1_half_width"]) >= 0
         assert int(found[name]["parameters"]) == results[0]["parameters"]
         assert float(found[name]["train_img_s"]) > 1 and float(found[name]["memory_mib"]) > 1
+        assert float(found[name]["gflops"]) > 0 and float(found[name]["minutes"]) > 0
+        assert int(found[name]["steps"]) == results[0]["steps"]
     assert found["broken"]["top1_mean"] == "" and "patch_size" in found["broken"]["errors"]
     assert "broken failed: seed 0: " in table
+    for name in ("compare.png", "curves.png"):
+        assert (output / name).stat().st_size > 5000
+    assert "broken failed: seed 0: " in (output / "report.html").read_text()
 
     shutil.rmtree(output / "attention_nano-1")
     (output / "metala_nano-0" / "result.json").unlink()
@@ -76,14 +60,42 @@ def test_a_comparison_from_its_file_to_its_table(digit_tree, tmp_path, capsys, m
     assert capsys.readouterr().out.count("seed") >= 2
 
 
-def test_what_ships_is_matched():
-    files = sorted((CONFIG_FOLDER / "compare").glob("*.yaml"))
-    assert files
-    for file in files:
-        loaded = load_comparison(f"compare/{file.stem}")
-        check_matched(loaded)
-        names = [member.model for member in loaded.members]
-        assert "deit_tiny_patch16_224" in names and any(n.startswith("attention") for n in names)
+@pytest.mark.parametrize("name", shipped_comparisons())
+def test_what_ships_is_matched(name):
+    loaded = load_comparison(name)
+    check_matched(loaded)
+    names = [member.model for member in loaded.members]
+    assert "deit_tiny_patch16_224" in names and any(n.startswith("attention") for n in names)
+    size = {member_config(loaded, member, 0).model.img_size for member in loaded.members}
+    assert len(size) == 1 and None not in size
+
+
+def test_every_option_of_metala_has_an_ablation():
+    """Its arguments, and that members differ in what the file is about."""
+    changed = {name: set() for name in shipped_comparisons() if name.startswith("ablations/")}
+    for name in changed:
+        for member in load_comparison(name).members:
+            changed[name] |= set(member.settings.get("model.model_kwargs", {}))
+    assert set().union(*changed.values()) == {
+        "direction", "scans", "conv", "self_aug", "key", "tau", "shared_decay", "split_heads",
+        "num_heads",
+    }  # fmt: skip
+
+
+def test_a_changed_file_does_not_go_on_with_other_runs(tmp_path, digit_tree, capsys):
+    """What is finished would stand in the table as if it had been made so."""
+    output = tmp_path / "out"
+    (output / "configs").mkdir(parents=True)
+    first = comparison(tmp_path, digit_tree)
+    config = member_config(load_comparison(str(first)), load_comparison(str(first)).members[0], 0)
+    text = yaml.safe_dump(config.model_dump(mode="json"))
+    (output / "configs" / "metala_nano-0.yaml").write_text(text)
+    optim = {"epochs": 2, "warmup_epochs": 0}
+    second = comparison(tmp_path, digit_tree, more={"optim": optim})
+    assert main(["compare", str(second), "--output", str(output)]) == 2
+    error = capsys.readouterr().err
+    line = f"optim.epochs is 2, the run of metala_nano in {output} has 1: take another folder"
+    assert line in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -136,6 +148,7 @@ def test_mixers_that_are_not_alike_are_refused(trait, tmp_path):
         ({"members": ["metala_nano", "metala_nano"]}, "two members are called 'metala_nano'"),
         ({"members": ["metala_nanno"]}, "unknown model 'metala_nanno'; did you mean metala_nano?"),
         ({"recipes": "x"}, "unknown"),
+        ({"recipe": None}, "recipe=None does not fit"),
         ({"differs": ["optim.lrr"]}, "differs: unknown 'optim.lrr'; did you mean optim.lr?"),
         ({"seeds": [-1]}, "does not fit"),
         ({"members": [{"name": "a/b", "model": "metala_nano"}]}, "does not fit"),
@@ -147,3 +160,25 @@ def test_a_mistake_in_the_file_is_one_line(changes, line, tmp_path, capsys):
     assert main(["compare", str(file), "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert line in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("- a\n- b", "is no comparison: it needs recipe and members"),
+        ("model: {model: metala_nano}", "is no comparison: it needs recipe and members"),
+        ("a: [", "cannot read"),
+    ],
+)
+def test_a_file_that_is_no_comparison_is_one_line(text, line, tmp_path, capsys):
+    path = tmp_path / "other.yaml"
+    path.write_text(text)
+    assert main(["compare", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert line in error and error.count("\n") == 1
+
+
+def test_an_unknown_comparison_names_those_that_ship(capsys):
+    assert main(["compare", "compare/quickstrat"]) == 2
+    error = capsys.readouterr().err
+    assert "ablations/tau, compare/quickstart" in error and error.count("\n") == 1

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from metala_vision.estimates import Estimate, estimate, overlap, places
+from metala_vision.compare.estimates import Estimate, estimate, overlap, places
 
 
 def test_an_interval_by_hand():

@@ -1,0 +1,152 @@
+"""Runs of a comparison as processes: on devices of their own, stopped, killed, begun again."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import pytest
+
+from metala_vision.cli import main
+from metala_vision.compare import sweep as sweeps
+from metala_vision.compare.sweep import Sweep
+from metala_vision.errors import Stopped, UserError
+from tests.train._comparison import comparison
+from tests.train._runs import children
+
+pytestmark = pytest.mark.launch
+
+
+def script(monkeypatch, tmp_path, text):
+    """What stands for `python -m metala_vision COMMAND FLAGS` in these tests of the sweep alone."""
+    path = tmp_path / "stub.sh"
+    path.write_text(f"#!/bin/sh\nshift 2\n{text}\n")
+    path.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(path))
+
+
+def test_runs_on_two_devices_run_at_once_each_with_its_own(monkeypatch, tmp_path):
+    """Each waits for the other: one after the other they would wait for ever."""
+    script(
+        monkeypatch, tmp_path,
+        f'cd {tmp_path}; touch "begun-$1"; echo "$CUDA_VISIBLE_DEVICES"\n'
+        'while [ ! -e begun-a ] || [ ! -e begun-b ]; do sleep 0.05; done',
+    )  # fmt: skip
+    with Sweep(["4", "7"]) as sweep:
+        jobs = [partial(sweep.run, name, [], tmp_path / f"{name}.txt") for name in "ab"]
+        assert sorted(sweep.each(jobs)) == [(0, None), (1, None)]
+    assert {(tmp_path / f"{name}.txt").read_text() for name in "ab"} == {"4\n", "7\n"}
+
+
+def test_a_device_runs_one_at_a_time(monkeypatch, tmp_path):
+    script(
+        monkeypatch, tmp_path,
+        f'cd {tmp_path}; mkdir busy-$CUDA_VISIBLE_DEVICES || exit 1\n'
+        'sleep 0.1; rmdir busy-$CUDA_VISIBLE_DEVICES',
+    )  # fmt: skip
+    with Sweep(["0", "1"]) as sweep:
+        jobs = [partial(sweep.run, "x", [], tmp_path / f"{i}.txt") for i in range(8)]
+        assert sorted(sweep.each(jobs)) == [(i, None) for i in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("echo first >&2; echo last >&2; exit 3", "last"), ("exit 4", "exit status 4")],
+)
+def test_a_failure_is_its_last_line(text, told, monkeypatch, tmp_path):
+    script(monkeypatch, tmp_path, text)
+    with Sweep() as sweep:
+        assert sweep.run("x", [], tmp_path / "log.txt") == told
+
+
+def test_ctrl_c_in_a_run_ends_the_sweep(monkeypatch, tmp_path):
+    script(monkeypatch, tmp_path, "exit 130")
+    with Sweep(["0", "1"]) as sweep, pytest.raises(KeyboardInterrupt):
+        list(sweep.each([partial(sweep.run, "x", [], tmp_path / "log.txt")]))
+
+
+def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
+    with (
+        Sweep() as sweep,
+        pytest.raises(UserError, match=r"cannot write .*/none/log\.txt: No such"),
+    ):
+        sweep.run("x", [], tmp_path / "none" / "log.txt")
+
+
+def test_a_signal_is_passed_on_and_handlers_come_back(monkeypatch, tmp_path):
+    script(monkeypatch, tmp_path, "kill -TERM $PPID; sleep 30 & wait; exit 0")
+    before = signal.getsignal(signal.SIGTERM)
+    with Sweep() as sweep, pytest.raises(Stopped, match="stopped by SIGTERM; the same command"):
+        sweep.run("x", [], tmp_path / "log.txt")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def table(output):
+    """compare.csv without what depends on the clock."""
+    lines = (output / "compare.csv").read_text().splitlines()
+    rows = list(csv.DictReader(lines))
+    for row in rows:
+        row.pop("minutes")
+    return rows
+
+
+def begin(file, output):
+    told = [sys.executable, "-m", "metala_vision", "compare", str(file), "--seconds", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*told, "--output", str(output)], env=environment, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def wait_until(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_sweep_that_is_killed_and_begun_again_ends_the_same(number, digit_tree, tmp_path):
+    """In the second run; its process ends too and leaves the folder free."""
+    changes = {"optim": {"epochs": 4, "warmup_epochs": 0}, "run": {"log_interval": 1}}
+    file = comparison(tmp_path, digit_tree, seeds=[0], more=changes)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert main(["compare", str(file), "--output", str(whole), "--seconds", "0"]) == 0
+
+    process = begin(file, killed)
+    metrics = killed / "attention_nano-0" / "metrics.jsonl"
+    wait_until(lambda: metrics.is_file() and '"train"' in metrics.read_text())
+    run = list(children(process.pid))
+    os.kill(process.pid, number)
+    _, stderr = process.communicate(timeout=60)
+    if number == signal.SIGTERM:
+        assert process.returncode == 143
+        assert stderr.splitlines()[-1].endswith("stopped by SIGTERM; the same command goes on")
+    assert run and not (killed / "attention_nano-0" / "result.json").exists()
+    wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in run), 30)
+
+    assert main(["compare", str(file), "--output", str(killed), "--seconds", "0"]) == 0
+    assert table(killed) == table(whole)
+
+
+def test_gpus_that_are_not_there_are_refused(digit_tree, tmp_path, capsys, monkeypatch):
+    import torch
+
+    file = comparison(tmp_path, digit_tree)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for gpus, line in (
+        (["2"], "--gpus: no GPU '2', this machine has 2"),
+        (["a"], "--gpus: no GPU 'a', this machine has 2"),
+        (["1", "1"], "--gpus: GPU 1 is given twice"),
+    ):
+        assert main(["compare", str(file), "--gpus", *gpus]) == 2
+        error = capsys.readouterr().err
+        assert line in error and error.count("\n") == 1
+
+
+def test_children_end_with_their_parent_where_the_system_can():
+    assert (sweeps.LIBC is not None) == (sys.platform == "linux")
