@@ -8,8 +8,9 @@ PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --
 
 .PHONY: quickstart test test-launch test-kernels test-export test-timm test-slow test-gpu check bench clean
 
-quickstart: $(READY)  ## train on scikit-learn's digits: curve, checkpoint, top-1
+quickstart: $(READY)  ## train on scikit-learn's digits, then compare the nano backbones on them
 	$(BIN)/python train_imagenet.py --config quickstart
+	$(BIN)/python -m metala_vision compare compare/quickstart --seconds 2
 
 test: $(READY)  ## the fast tests
 	$(PARALLEL) -m "not slow and not launch and not export and not gpu and not interpreter and not aot"

@@ -101,11 +101,9 @@ class Sweep:
         if child.returncode in INTERRUPTED:
             raise KeyboardInterrupt
         lines = stderr.strip().splitlines()
-        return (
-            lines[-1].removeprefix("metala-vision: error: ")
-            if lines
-            else f"exit status {child.returncode}"
-        )
+        if not lines:
+            return f"exit status {child.returncode}"
+        return lines[-1].removeprefix("metala-vision: error: ")
 
     def _raise_if_stopped(self) -> None:
         if self.received:

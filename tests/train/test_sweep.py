@@ -1,6 +1,5 @@
 """Runs of a comparison as processes: on devices of their own, stopped, killed, begun again."""
 
-import csv
 import os
 import signal
 import subprocess
@@ -14,7 +13,7 @@ from metala_vision.cli import main
 from metala_vision.compare import sweep as sweeps
 from metala_vision.compare.sweep import Sweep
 from metala_vision.errors import Stopped, UserError
-from tests.train._comparison import comparison
+from tests.train._comparison import comparison, table
 from tests.train._runs import children
 
 pytestmark = pytest.mark.launch
@@ -69,10 +68,8 @@ def test_ctrl_c_in_a_run_ends_the_sweep(monkeypatch, tmp_path):
 
 
 def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
-    with (
-        Sweep() as sweep,
-        pytest.raises(UserError, match=r"cannot write .*/none/log\.txt: No such"),
-    ):
+    line = r"cannot write .*/none/log\.txt: No such"
+    with Sweep() as sweep, pytest.raises(UserError, match=line):
         sweep.run("x", [], tmp_path / "none" / "log.txt")
 
 
@@ -82,15 +79,6 @@ def test_a_signal_is_passed_on_and_handlers_come_back(monkeypatch, tmp_path):
     with Sweep() as sweep, pytest.raises(Stopped, match="stopped by SIGTERM; the same command"):
         sweep.run("x", [], tmp_path / "log.txt")
     assert signal.getsignal(signal.SIGTERM) is before
-
-
-def table(output):
-    """compare.csv without what depends on the clock."""
-    lines = (output / "compare.csv").read_text().splitlines()
-    rows = list(csv.DictReader(lines))
-    for row in rows:
-        row.pop("minutes")
-    return rows
 
 
 def begin(file, output):
