@@ -16,13 +16,12 @@ from .config import SECTIONS, Config
 from .config_file import load_config, shipped_comparisons, shipped_configs
 from .errors import ReportedError, Stopped, UserError, nearest, one_line
 
-PICTURES = (".png", ".pdf", ".svg")
 COMMANDS = {
     "train": "train a model on a folder of images",
     "eval": "evaluate a checkpoint on a folder of images",
     "bench": "measure loader, training step and evaluation of a configuration",
     "compare": "train several models under one recipe, as one table",
-    "visualize": "draw the scan orders",
+    "visualize": "draw scan orders, attention maps, receptive fields, memory",
 }
 
 
@@ -222,22 +221,14 @@ def write_json(path: Path, values: Any) -> None:
 
 def visualize_command(argv: list[str], prog: str) -> int:
     """Draw a picture; the last line printed is its path."""
-    parser = _Parser(prog, description="Draw a picture.", formatter_class=_Formatter)
-    parser.add_argument("what", choices=["scans"], help="scans: every scan order on a grid")
-    parser.add_argument(
-        "--grid", nargs=2, type=int, default=(14, 14), metavar=("ROWS", "COLUMNS"), help="[14 14]"
-    )
-    parser.add_argument("--out", type=Path, default=Path("scans.png"), help="[scans.png]")
-    given = parser.parse_args(argv)
-    if min(given.grid) < 1 or max(given.grid) > 256:
-        raise UserError(f"--grid takes 1 to 256 rows and columns, got {given.grid}")
-    from .plots import scan_orders
+    from . import visualize
 
-    if given.out.suffix.lower() not in PICTURES:
-        raise UserError(f"--out must end in one of {' '.join(PICTURES)}, got {given.out}")
-    rows, columns = given.grid
-    scan_orders(rows, columns, given.out)
-    print(given.out)
+    parser = _Parser(prog, description="Draw a picture.", formatter_class=_Formatter)
+    visualize.add_arguments(parser)
+    given = parser.parse_args(argv)
+    if "model_kwargs" in given:
+        given.model_kwargs = _value("model_kwargs", given.model_kwargs)
+    print(visualize.draw(given))
     return 0
 
 

@@ -70,8 +70,12 @@ class ManyLabels:
         self.of = {index: set(labels[i]) for i, index in enumerate(names)}
 
 
-def load_model(checkpoint: str, **kwargs: Any) -> nn.Module:
-    """A run's folder, or any timm name with pretrained weights, in evaluation mode."""
+def load_model(checkpoint: str, pretrained: bool = True, **kwargs: Any) -> nn.Module:
+    """A run's folder, or any timm name with pretrained weights, in evaluation mode.
+
+    Args:
+        pretrained: False leaves a timm name the weights it starts with.
+    """
     folder = Path(checkpoint)
     name = f"local-dir:{folder}" if folder.is_dir() else checkpoint
     if not folder.is_dir() and ":" not in name and not timm.is_model(name):
@@ -83,10 +87,20 @@ def load_model(checkpoint: str, **kwargs: Any) -> nn.Module:
         held = ", ".join(sorted(p.name for p in folder.iterdir())[:4]) or "nothing"
         raise UserError(f"{folder} is no checkpoint: it holds {held}, but no config.json")
     try:
-        return timm.create_model(name, pretrained=True, **kwargs).eval()
+        return timm.create_model(name, pretrained=pretrained, **kwargs).eval()
     except Exception as error:  # whatever reading weights may raise
         reason = one_line(error) or type(error).__name__
         raise UserError(f"cannot load {checkpoint}: {reason}") from error
+
+
+def evaluation_transform(preprocessing: dict[str, Any]) -> tuple[Any, Any]:
+    """The input size (C, height, width) of a pretrained_cfg, and timm's transform to it."""
+    size = preprocessing["input_size"]
+    return size, create_transform(
+        size, interpolation=preprocessing["interpolation"], crop_pct=preprocessing["crop_pct"],
+        crop_mode=preprocessing.get("crop_mode"), mean=preprocessing["mean"],
+        std=preprocessing["std"],
+    )  # fmt: skip
 
 
 def find_images(data_dir: Path, classes: list[str] | None) -> FolderSource:
@@ -201,12 +215,7 @@ def evaluate_checkpoint(
             f"{data_dir} has {len(source.classes)} classes, {checkpoint} answers with {outputs}"
         )
     many = None if labels is None else ManyLabels(source, labels)
-    size: Any = preprocessing["input_size"]
-    transform: Any = create_transform(
-        size, interpolation=preprocessing["interpolation"], crop_pct=preprocessing["crop_pct"],
-        crop_mode=preprocessing.get("crop_mode"), mean=preprocessing["mean"],
-        std=preprocessing["std"],
-    )  # fmt: skip
+    size, transform = evaluation_transform(preprocessing)
     indices = [i for i in range(len(source.targets)) if many is None or many.of[i]]
     data = ImageData(source, indices, "RGB" if size[0] == 3 else "L", transform, size)
     order = EvaluationOrder(len(data), accelerator.process_index, accelerator.num_processes)
