@@ -221,14 +221,14 @@ def write_json(path: Path, values: Any) -> None:
 
 def visualize_command(argv: list[str], prog: str) -> int:
     """Draw a picture; the last line printed is its path."""
-    from . import visualize
+    from .visualize.command import add_arguments, draw
 
     parser = _Parser(prog, description="Draw a picture.", formatter_class=_Formatter)
-    visualize.add_arguments(parser)
+    add_arguments(parser)
     given = parser.parse_args(argv)
     if "model_kwargs" in given:
         given.model_kwargs = _value("model_kwargs", given.model_kwargs)
-    print(visualize.draw(given))
+    print(draw(given))
     return 0
 
 

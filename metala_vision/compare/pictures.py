@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from metala_vision.errors import UserError
+from metala_vision.plots import save
 
 from .table import Row
 
@@ -159,7 +159,7 @@ def draw_panels(rows: list[Row], path: Path) -> None:
         zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True)
     ):
         _draw(axis, panel, rows, names=i == 0)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_curves(curves: list[Curve], rows: list[Row], path: Path) -> None:
@@ -169,7 +169,7 @@ def draw_curves(curves: list[Curve], rows: list[Row], path: Path) -> None:
     axes = figure.subplots(1, count, squeeze=False)[0]
     _curves(axes, curves, rows)
     _legend(figure, axes[0])
-    _save(figure, path)
+    save(figure, path)
 
 
 def panel_svg(panel: Panel, rows: list[Row]) -> str:
@@ -204,10 +204,3 @@ def _svg(figure: Figure) -> str:
     with matplotlib.rc_context({"svg.hashsalt": "metala-vision", "svg.fonttype": "path"}):
         figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()
-
-
-def _save(figure: Figure, path: Path) -> None:
-    try:
-        figure.savefig(path, dpi=130)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error

@@ -9,7 +9,7 @@ import metala_vision
 from metala_vision import layers
 from metala_vision.errors import UserError
 from metala_vision.layers import inverse, scan_order
-from metala_vision.maps import (
+from metala_vision.visualize.maps import (
     ACCEPTED,
     CALLERS,
     OPERATORS,

@@ -6,9 +6,9 @@ import pytest
 import timm
 import torch
 
-from metala_vision import memory
 from metala_vision.errors import UserError
-from metala_vision.memory import QUANTILES, memory_lengths, quantiles
+from metala_vision.visualize import memory
+from metala_vision.visualize.memory import QUANTILES, memory_lengths, quantiles
 
 SMALL = {"embed_dim": 32, "depth": 2, "img_size": 32}
 IMAGES = torch.zeros(2, 3, 32, 32)

@@ -6,7 +6,11 @@ import torch
 import torch.nn.functional as F
 
 from metala_vision.errors import UserError
-from metala_vision.receptive_field import growing_squares, receptive_field, side_that_holds
+from metala_vision.visualize.receptive_field import (
+    growing_squares,
+    receptive_field,
+    side_that_holds,
+)
 from tests._numerics import normal, relative_rms
 
 

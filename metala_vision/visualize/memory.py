@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import UserError
+from metala_vision.errors import UserError
+
 from .maps import Call, recording
 
 QUANTILES = (0.1, 0.5, 0.9)

@@ -6,7 +6,8 @@ H x W an image's height and width, Gh x Gw the grid of the last map.
 import torch
 from torch import Tensor, nn
 
-from .errors import UserError
+from metala_vision.errors import UserError
+
 from .maps import feature_map
 
 HELD = (0.5, 0.9, 0.95)  # shares of the gradient whose squares are told

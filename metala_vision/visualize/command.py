@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from metala_vision.errors import UserError
 
 PICTURES = (".png", ".pdf", ".svg")
 MOST_LAYERS = 6  # of an attention picture, where none are named
@@ -79,7 +79,7 @@ def draw(given: argparse.Namespace) -> Path:
         if path is not None:
             check_writable(path)
     if given.what == "scans":
-        from .plots import scan_orders
+        from .pictures import scan_orders
 
         rows, columns = given.grid
         scan_orders(rows, columns, given.out)
@@ -110,7 +110,7 @@ def check_writable(path: Path) -> None:
 
 def _attention(given: argparse.Namespace) -> dict[str, Any]:
     from .maps import record_attention
-    from .plots import attention_maps
+    from .pictures import attention_maps
     from .receptive_field import check_token
 
     files = _files([given.image])
@@ -202,7 +202,7 @@ def _layers(asked: Sequence[str] | None, depth: int, most: int, name: str) -> li
 
 
 def _receptive_field(given: argparse.Namespace) -> dict[str, Any]:
-    from .plots import receptive_field as picture
+    from .pictures import receptive_field as picture
     from .receptive_field import HELD, growing_squares, receptive_field, side_that_holds
 
     files = _files(given.image or [])
@@ -228,7 +228,7 @@ def _receptive_field(given: argparse.Namespace) -> dict[str, Any]:
 def _memory(given: argparse.Namespace) -> dict[str, Any]:
     from .maps import feature_map
     from .memory import QUANTILES, memory_lengths
-    from .plots import memory as picture
+    from .pictures import memory as picture
 
     files = _files(given.image or [])
     model, cfg = _load(given.model, given)
@@ -268,7 +268,7 @@ def _load(name: str, given: argparse.Namespace, ours: bool = True) -> tuple[Any,
     import torch
     from timm import is_model
 
-    from .evaluate import load_model
+    from metala_vision.evaluate import load_model
 
     kwargs = given.model_kwargs if ours else {}
     refused = {"in_chans", "img_size", "device", "dtype"} & set(kwargs)
@@ -306,7 +306,7 @@ def _images(
 
 def _files(paths: Sequence[Path]) -> list[Path]:
     """The images of files and folders."""
-    from .sources import IMG_EXTENSIONS
+    from metala_vision.sources import IMG_EXTENSIONS
 
     files: list[Path] = []
     for path in paths:
@@ -326,8 +326,8 @@ def _files(paths: Sequence[Path]) -> list[Path]:
 
 def _read(files: Sequence[Path], cfg: dict[str, Any]) -> list[Any]:
     """Images by the model's own evaluation preprocessing."""
-    from .evaluate import evaluation_transform
-    from .sources import convert, decode
+    from metala_vision.evaluate import evaluation_transform
+    from metala_vision.sources import convert, decode
 
     size, transform = evaluation_transform(cfg)
     mode = "RGB" if size[0] == 3 else "L"

@@ -26,9 +26,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .errors import UserError
-from .layers import TokenMixer, attention, gla, hgrn2, linear_attention, mamba, metala, retnet
-from .layers import rotation as elementwise
+from metala_vision.errors import UserError
+from metala_vision.layers import (
+    TokenMixer,
+    attention,
+    gla,
+    hgrn2,
+    linear_attention,
+    mamba,
+    metala,
+    retnet,
+)
+from metala_vision.layers import rotation as elementwise
 
 # The modules that call an operator, and the names by which they call it.
 CALLERS = (attention, gla, hgrn2, linear_attention, mamba, metala, retnet, elementwise)

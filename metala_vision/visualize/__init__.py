@@ -1,0 +1,1 @@
+"""`metala-vision visualize`: what a model looks at and how long it remembers, as pictures."""
