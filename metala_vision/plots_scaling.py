@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from .errors import UserError
 from .scaling_table import Measured, series
@@ -93,11 +93,15 @@ def _guides(axis: Axes, rows: list[Measured], sizes: list[int]) -> None:
     top = max(row.ms or 0.0 for row in timed)
     for power, name in ((1, "linear in tokens"), (2, "quadratic")):
         end = min(last, first * (top / start) ** (1 / (2 * power)))
-        y = start * (end / first) ** (2 * power)
-        axis.plot([first, end], [start, y], color="#888888", linewidth=1, linestyle=(0, (1, 2)))
+        middle = math.sqrt(first * end)
+        y = [start * (x / first) ** (2 * power) for x in (middle, end)]
+        axis.plot([first, end], [start, y[1]], color="#888888", linewidth=1, linestyle=(0, (1, 2)))
+        # Right below the one, left of the end of the other: beside the curves between them.
         axis.annotate(
-            name, (end, y), xytext=(-6, -22 if power == 1 else -4), textcoords="offset points",
-            ha="right", va="top" if power == 1 else "bottom", color="#555555", fontsize=8,
+            name, (middle, y[0]) if power == 1 else (end, y[1]),
+            xytext=(6, -4) if power == 1 else (-6, -4), textcoords="offset points",
+            ha="left" if power == 1 else "right", va="top" if power == 1 else "bottom",
+            color="#555555", fontsize=8,
         )  # fmt: skip
 
 
@@ -107,6 +111,8 @@ def _scales(axis: Axes, sizes: list[int], patch: tuple[int, int] | None) -> None
     axis.set_xlim(0.9 * sizes[0], 1.1 * sizes[-1])
     axis.set_xticks(sizes, [str(size) for size in sizes])
     axis.xaxis.set_minor_locator(NullLocator())
+    low, high = axis.get_ylim()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,)))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel("side of the images, px")

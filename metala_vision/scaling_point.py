@@ -103,32 +103,45 @@ def lift_memory_limit() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
 
 
+def waited() -> float:
+    """Seconds in which this thread could have run and another had the core (Linux), so far."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9
+    return 0.0
+
+
 def pass_seconds(
     step: Callable[[], object], seconds: float, deadline: float, before: float
-) -> list[float]:
-    """Of each timed pass, after passes that warm up for a quarter of `seconds`.
+) -> list[tuple[float, float]]:
+    """Seconds of each timed pass, and how many of them another process had the core.
 
+    Before them passes warm up for a quarter of `seconds`.
     At least FEWEST passes, or as many as there are before `deadline` (of time.monotonic), but one;
     where the pass before took `seconds` alone, it was warm-up enough.
     """
     start = time.perf_counter()
     while before < seconds and time.perf_counter() - start < seconds / 4:
         step()
-    passes: list[float] = []
+    passes: list[tuple[float, float]] = []
     start = time.perf_counter()
     while len(passes) < MOST:
         enough = len(passes) >= FEWEST and time.perf_counter() - start >= seconds
-        late = bool(passes) and time.monotonic() + 1.5 * max(passes) > deadline
+        late = bool(passes) and time.monotonic() + 1.5 * max(passes)[0] > deadline
         if enough or late:
             break
-        begun = time.perf_counter()
+        begun, lost = time.perf_counter(), waited()
         step()
-        passes.append(round(time.perf_counter() - begun, 9))
+        passes.append((time.perf_counter() - begun, waited() - lost))
     return passes
 
 
 def measure(point: Point, deadline: float) -> dict[str, Any]:
-    """Times of passes in seconds a batch, and the MiB that a pass adds to weights and images."""
+    """Times of passes in seconds a batch, and the MiB that a pass adds to weights and images.
+
+    On a CPU the time in which the main thread waited for a core is no part of a pass, but of
+    "waited", which is all of it: on a busy machine it would be most of the noise. That other
+    processes share caches and memory remains.
+    """
     import torch
 
     from .build import create_model
@@ -172,8 +185,12 @@ def measure(point: Point, deadline: float) -> dict[str, Any]:
         lift_memory_limit()  # it fits; what the allocator keeps from here on needs room
         if point.allocator == "keep":
             keep_freed_memory()
+    passes = pass_seconds(step, point.seconds, deadline, second)
+    if on_gpu:
+        passes = [(wall, 0.0) for wall, _ in passes]
     return {
-        "passes": pass_seconds(step, point.seconds, deadline, second),
+        "passes": [round(wall - lost, 9) for wall, lost in passes],
+        "waited": round(sum(lost for _, lost in passes), 6),
         "memory_mib": round(memory_mib, 3),
     }
 

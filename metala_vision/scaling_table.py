@@ -15,7 +15,7 @@ COLUMNS = (
     "model", "px", "tokens", "ms/image", "quartiles", "images/s", "ns/token", "growth", "MiB",
 )  # fmt: skip
 NUMBERS = (
-    "ms", "ms_q1", "ms_q3", "images_per_s", "ns_per_token", "growth", "memory_mib",
+    "ms", "ms_q1", "ms_q3", "images_per_s", "ns_per_token", "growth", "memory_mib", "waited",
 )  # fmt: skip
 
 
@@ -24,7 +24,8 @@ class Measured:
     """A model at a size. Times in ms an image; `state` says why there are none.
 
     tokens of the patch grid, of one image; memory_mib the most that a pass of the batch adds to
-    weights and images; growth the exponent p of time ~ tokens^p from the size measured before.
+    weights and images; growth the exponent p of time ~ tokens^p from the size measured before;
+    waited the share of the time in which other processes had the core, which ms leaves out.
     """
 
     mode: str
@@ -35,6 +36,7 @@ class Measured:
     state: str = "measured"
     error: str = ""
     passes: int = 0
+    waited: float | None = None
     ms: float | None = None
     ms_q1: float | None = None
     ms_q3: float | None = None
@@ -69,6 +71,8 @@ def summary(
         ms = [1e3 * s / visit["batch_size"] for visit in timed for s in visit["passes"]]
         row.passes = len(ms)
         row.ms_q1, row.ms, row.ms_q3 = spread(ms)
+        ran, lost = sum(sum(v["passes"]) for v in timed), sum(v["waited"] for v in timed)
+        row.waited = lost / (ran + lost)
         row.memory_mib = median(visit["memory_mib"] for visit in timed)
     elif failed is not None and "over" in failed:
         row.state = f"{OVER} {failed['over']:g} s"
@@ -152,7 +156,14 @@ def as_markdown(rows: list[Measured], how: str) -> str:
         lines.append("")
     lines += [f"- {line}" for part in series(rows).values() if (line := growth_line(part))]
     lines += [f"- {r.model} {r.size} px {r.mode} failed: {r.error}" for r in rows if r.error]
+    waits = [row.waited for row in rows if row.waited is not None]
+    most = max(waits, default=0.0)
     lines += ["", how]
+    if most > 0:
+        lines.append(
+            "Time in which other processes had the core is left out: of a point at most "
+            f"{100 * most:.1f} %."
+        )
     lines.append(
         "Median and quartiles of the passes; growth is the exponent of time over tokens from the "
         "size before; MiB what a pass of the batch adds to weights and images."

@@ -63,15 +63,16 @@ def test_median_and_quartiles_of_known_numbers():
     assert spread([3.0]) == (3.0, 3.0, 3.0)
     assert spread([5.0, 1.0, 4.0, 2.0, 3.0]) == (2.0, 3.0, 4.0)
     visits = [
-        {"batch_size": 2, "passes": [0.002, 0.004], "memory_mib": 5.0},
-        {"batch_size": 2, "passes": [0.006], "memory_mib": 9.0},
-        {"batch_size": 2, "passes": [0.008, 0.010], "memory_mib": 6.0},
+        {"batch_size": 2, "passes": [0.002, 0.004], "memory_mib": 5.0, "waited": 0.0},
+        {"batch_size": 2, "passes": [0.006], "memory_mib": 9.0, "waited": 0.01},
+        {"batch_size": 2, "passes": [0.008, 0.010], "memory_mib": 6.0, "waited": 0.0},
     ]
     row = summary("inference", "a", 32, 10, 1000, visits)
     # All passes of a batch of two: 1, 2, 3, 4 and 5 ms an image.
     assert (row.ms_q1, row.ms, row.ms_q3) == pytest.approx((2.0, 3.0, 4.0))
     assert (row.passes, row.memory_mib, row.state) == (5, 6.0, "measured")
     assert row.images_per_s == pytest.approx(1000 / 3)
+    assert row.waited == pytest.approx(0.01 / (0.03 + 0.01))
     assert row.ns_per_token == pytest.approx(300_000)
 
 
@@ -106,7 +107,10 @@ def test_the_table_says_what_is_missing():
 
 
 def test_a_round_that_failed_leaves_the_others():
-    visits = [{"batch_size": 1, "passes": [0.001], "memory_mib": 1.0}, {"full": True}]
+    visits = [
+        {"batch_size": 1, "passes": [0.001], "memory_mib": 1.0, "waited": 0.0},
+        {"full": True},
+    ]
     assert summary("inference", "b", 32, 16, 1000, visits).ms == pytest.approx(1.0)
 
 
@@ -133,11 +137,31 @@ def test_passes_warm_up_and_end_at_the_deadline():
         time.sleep(0.01)
 
     far = time.monotonic() + 60
-    passes = pass_seconds(step, 0.2, far, 0.01)
+    passes = [wall for wall, _ in pass_seconds(step, 0.2, far, 0.01)]
     assert len(calls) > len(passes) >= 3 and sum(passes) >= 0.18  # the last may end later
     assert min(passes) >= 0.01
     assert len(pass_seconds(step, 1e-6, far, 0.01)) == 3  # the fewest, without warm-up
     assert len(pass_seconds(step, 60.0, time.monotonic(), 60.0)) == 1
+
+
+@pytest.mark.launch
+@pytest.mark.skipif(sys.platform != "linux", reason="the scheduler's figures are Linux's")
+def test_waiting_for_a_core_is_no_part_of_a_pass():
+    """Two processes that compute on one core have half of it each."""
+    code = (
+        "import os, subprocess, sys\n"
+        "from metala_vision.scaling_point import pass_seconds\n"
+        "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+        "other = subprocess.Popen([sys.executable, '-c', 'while True: pass'])\n"
+        "try:\n"
+        "    passes = pass_seconds(lambda: sum(range(10**7)), 0.5, float('inf'), 1.0)\n"
+        "finally:\n"
+        "    other.kill()\n"
+        "wall, lost = (sum(x) for x in zip(*passes))\n"
+        "print(lost / wall)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert 0.2 < float(done.stdout) < 1, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -244,7 +268,7 @@ def test_other_failures_are_lines_below_the_table(tmp_path, capsys, monkeypatch)
 @pytest.mark.launch
 def test_a_killed_process_counts_as_out_of_memory_and_others_tell_why():
     point = Point("metala_nano", 32, "inference", seconds=0.05)
-    assert set(measure(point)) == {"passes", "memory_mib"}
+    assert set(measure(point)) == {"passes", "waited", "memory_mib"}
     assert "unknown model 'nonesuch'" in measure(Point("nonesuch", 32, "inference"))["error"]
 
 
@@ -320,7 +344,7 @@ def test_models_take_turns_and_hopeless_points_are_not_tried_twice(tmp_path, mon
         asked.append((point.model, point.size))
         if point.model == "attention_nano" and point.size == 64:
             return {"full": True}
-        return {"passes": [0.002], "memory_mib": 1.0}
+        return {"passes": [0.002], "memory_mib": 1.0, "waited": 0.0}
 
     monkeypatch.setattr("metala_vision.scaling.measure", found)
     sweep = Sweep(["metala_nano", "attention_nano"], [64, 32], rounds=2)
