@@ -21,6 +21,7 @@ COMMANDS = {
     "eval": "evaluate a checkpoint on a folder of images",
     "bench": "measure loader, training step and evaluation of a configuration",
     "compare": "train several models under one recipe, as one table",
+    "scaling": "measure time and memory of models as the images grow",
     "visualize": "draw scan orders, attention maps, receptive fields, memory",
 }
 
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None, prog: str = "metala-vision", command: st
             arguments = arguments[1:]
         run = {
             "train": train_command, "eval": eval_command, "bench": bench_command,
-            "compare": compare_command,
+            "compare": compare_command, "scaling": scaling_command,
             "visualize": visualize_command,
         }[command]  # fmt: skip
         return run(arguments, f"{prog} {command}")
@@ -209,6 +210,18 @@ def _check_gpus(gpus: list[str]) -> None:
             raise UserError(f"--gpus: no GPU {gpu!r}, this machine has {count}")
         if gpus.count(gpu) > 1:
             raise UserError(f"--gpus: GPU {gpu} is given twice")
+
+
+def scaling_command(argv: list[str], prog: str) -> int:
+    """Measure; the last lines printed are the table and its path."""
+    from .scaling import add_arguments, run
+
+    parser = _Parser(
+        prog, description="Time and memory of models as the images grow; a measurement that was "
+        "stopped goes on.", formatter_class=_Formatter, allow_abbrev=False,
+    )  # fmt: skip
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import yaml
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, PositiveInt, ValidationError, field_validator
 from torch import nn
 
 from metala_vision.build import create_model
@@ -37,6 +37,8 @@ class CompareConfig(Section):
     seeds: list[Seed] = Field(default=[0], min_length=1)
     differs: list[str] = Field(default_factory=list)
     """What members may differ in besides the model: section.key, or conv, direction, scans."""
+    sizes: list[PositiveInt] = Field(default_factory=list)
+    """Sides in px at which each model is timed too, as `metala-vision scaling` does."""
 
     @field_validator("members", mode="before")
     @classmethod

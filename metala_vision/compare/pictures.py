@@ -10,14 +10,10 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from metala_vision.plots import save
+from metala_vision.plots import save, style
 
 from .table import Row
 
-# Okabe and Ito's colours, told apart by colour-blind readers too; yellow is too pale on white.
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-MARKERS = "osD^vPX"
-DASHES = ("-", "--", "-.", ":")
 CURVE_POINTS = 20  # means over so many parts of a run: what the text table can hold too
 
 
@@ -41,15 +37,6 @@ def curve_of(name: str, seed: int, metrics: list[dict[str, Any]]) -> Curve:
     loss = [(part[-1]["step"], sum(x["loss"] for x in part) / len(part)) for part in parts]
     top1 = [(line["step"], line["top1"]) for line in metrics if line["event"] == "eval"]
     return Curve(name, seed, loss, top1)
-
-
-def style(index: int) -> dict[str, Any]:
-    """Colour, marker and dash of the member of that number: no two of 28 are alike."""
-    count = len(COLORS)
-    return {
-        "color": COLORS[index % count], "marker": MARKERS[index % count],
-        "linestyle": DASHES[index // count % len(DASHES)],
-    }  # fmt: skip
 
 
 @dataclass
@@ -132,7 +119,7 @@ def _curves(axes: Sequence[Axes], curves: list[Curve], rows: list[Row]) -> None:
     places = {row.name: i for i, row in enumerate(rows)}
     labelled = set()
     for curve in curves:
-        look = {**style(places[curve.name]), "markersize": 5, "linewidth": 1.5}
+        look = style(places[curve.name])
         label = None if curve.name in labelled else curve.name
         labelled.add(curve.name)
         for axis, pairs in zip(axes, (curve.loss, curve.top1), strict=False):

@@ -37,7 +37,18 @@ class Picture:
     text: str
 
 
-def write_report(comparison: CompareConfig, rows: list[Row], output: Path, title: str) -> None:
+@dataclass
+class Scaled:
+    """How models grow with resolution: the table of `metala-vision scaling`, and its picture."""
+
+    text: str
+    svg: str
+
+
+def write_report(
+    comparison: CompareConfig, rows: list[Row], output: Path, title: str,
+    scaled: Scaled | None = None,
+) -> None:  # fmt: skip
     """compare.png, curves.png and report.html.
 
     Raises:
@@ -51,12 +62,14 @@ def write_report(comparison: CompareConfig, rows: list[Row], output: Path, title
                 curves.append(curve_of(member.name, seed, read_metrics(run_dir)))
     draw_panels(rows, output / PICTURES[0])
     draw_curves(curves, rows, output / PICTURES[1])
-    write_text(output / REPORT_FILE, as_html(comparison, rows, curves, _facts(output), title))
+    write_text(
+        output / REPORT_FILE, as_html(comparison, rows, curves, _facts(output), title, scaled)
+    )
 
 
 def as_html(
     comparison: CompareConfig, rows: list[Row], curves: list[Curve], facts: dict[str, str],
-    title: str,
+    title: str, scaled: Scaled | None = None,
 ) -> str:  # fmt: skip
     """The whole page; nothing in it is fetched from elsewhere."""
     environment = Environment(
@@ -72,6 +85,7 @@ def as_html(
         failures=failures(rows), notes=notes(rows), sources=sources,
         pictures=[_picture(panel, rows) for panel in known(rows)],
         curves=_address(curves_svg(curves, rows)) if any(c.loss for c in curves) else None,
+        scaled=scaled, scaled_picture=_address(scaled.svg) if scaled else None,
         runs=curves, facts=facts, seeds=comparison.seeds, recipe=yaml.safe_dump(recipe),
         differs=comparison.differs, changed=yaml.safe_dump(changed) if changed else "",
     )  # fmt: skip

@@ -17,11 +17,13 @@ from metala_vision.build import create_model
 from metala_vision.errors import UserError
 from metala_vision.flops import count_flops
 from metala_vision.run_folder import METRICS_FILE, RESULT_FILE, check_same, read_metrics
+from metala_vision.scaling import ScalingConfig, scaling
+from metala_vision.scaling.pictures import scaling_curves
 
 from .comparison import CompareConfig, Member, check_matched, member_config
 from .estimates import estimate, places
 from .published import PUBLISHED
-from .report import write_report
+from .report import Scaled, write_report
 from .sweep import Sweep
 from .table import Row, write_tables, write_text
 
@@ -72,8 +74,31 @@ def compare(
                 if row.top1 is not None:
                     _measure(sweep, comparison, member, output, seconds, row)
     write_tables(rows, output)
-    write_report(comparison, rows, output, title)
+    scaled = _scaled(comparison, rows, output, seconds) if seconds else None
+    write_report(comparison, rows, output, title, scaled)
     return rows
+
+
+def _scaled(
+    comparison: CompareConfig, rows: list[Row], output: Path, seconds: float
+) -> Scaled | None:
+    """How the models that were trained grow with resolution; those with arguments are left out."""
+    configs = [member_config(comparison, m, comparison.seeds[0]) for m in comparison.members]
+    models = [
+        config.model.model
+        for config, row in zip(configs, rows, strict=True)
+        if row.top1 is not None and not config.model.model_kwargs
+    ]
+    if not comparison.sizes or not models:
+        return None
+    asked = ScalingConfig(
+        models=list(dict.fromkeys(models)), sizes=comparison.sizes, seconds=seconds,
+        patch_size=configs[0].model.patch_size, mixed_precision=configs[0].run.mixed_precision,
+    )  # fmt: skip
+    measured, text = scaling(asked, output / "scaling")
+    picture = output / "scaling" / "scaling.svg"
+    scaling_curves(measured, picture, None, stacked=True)
+    return Scaled(text, picture.read_text(encoding="utf-8"))
 
 
 def _train(

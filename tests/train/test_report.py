@@ -10,10 +10,11 @@ from PIL import Image
 
 from metala_vision.compare import CompareConfig, Row, as_markdown
 from metala_vision.compare.estimates import Estimate, estimate
-from metala_vision.compare.pictures import Curve, curve_of, draw_curves, draw_panels, known, style
+from metala_vision.compare.pictures import Curve, curve_of, draw_curves, draw_panels, known
 from metala_vision.compare.published import PUBLISHED, Published
 from metala_vision.compare.report import as_html, write_report
 from metala_vision.compare.table import as_csv, cells, sources_of
+from metala_vision.plots import style
 
 PUBLIC = Published(75.33, "a paper, table 6")
 
