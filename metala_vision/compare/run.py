@@ -93,7 +93,8 @@ def _scaled(
         return None
     asked = ScalingConfig(
         models=list(dict.fromkeys(models)), sizes=comparison.sizes, seconds=seconds,
-        patch_size=configs[0].model.patch_size, mixed_precision=configs[0].run.mixed_precision, rounds=1,
+        patch_size=configs[0].model.patch_size, mixed_precision=configs[0].run.mixed_precision,
+        rounds=1,
     )  # fmt: skip
     measured, text = scaling(asked, output / "scaling")
     picture = output / "scaling" / "scaling.svg"

@@ -97,14 +97,21 @@ def wait_until(condition, seconds=120):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_sweep_that_is_killed_and_begun_again_ends_the_same(number, digit_tree, tmp_path):
-    """In the second run; its process ends too and leaves the folder free."""
+@pytest.fixture(scope="module")
+def whole(digit_tree, tmp_path_factory):
+    """The file of a comparison of two members, and a folder where it ran to its end."""
+    folder = tmp_path_factory.mktemp("whole")
     changes = {"optim": {"epochs": 4, "warmup_epochs": 0}, "run": {"log_interval": 1}}
-    file = comparison(tmp_path, digit_tree, seeds=[0], more=changes)
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert main(["compare", str(file), "--output", str(whole), "--seconds", "0"]) == 0
+    file = comparison(folder, digit_tree, seeds=[0], more=changes)
+    assert main(["compare", str(file), "--output", str(folder / "out"), "--seconds", "0"]) == 0
+    return file, folder / "out"
 
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_sweep_that_is_killed_and_begun_again_ends_the_same(number, whole, tmp_path):
+    """In the second run; its process ends too and leaves the folder free."""
+    file, expected = whole
+    killed = tmp_path / "killed"
     process = begin(file, killed)
     metrics = killed / "attention_nano-0" / "metrics.jsonl"
     wait_until(lambda: metrics.is_file() and '"train"' in metrics.read_text())
@@ -118,7 +125,7 @@ def test_a_sweep_that_is_killed_and_begun_again_ends_the_same(number, digit_tree
     wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in run), 30)
 
     assert main(["compare", str(file), "--output", str(killed), "--seconds", "0"]) == 0
-    assert table(killed) == table(whole)
+    assert table(killed) == table(expected)
 
 
 def test_gpus_that_are_not_there_are_refused(digit_tree, tmp_path, capsys, monkeypatch):
