@@ -29,6 +29,8 @@ class Speed:
     step: float
     evaluation: float
     memory_mib: float
+    seconds: float
+    """That each part was measured."""
 
 
 def images_per_second(
@@ -110,7 +112,7 @@ def bench(config: Config, seconds: float = 10.0) -> Speed:
         raise out_of_memory(config.data.batch_size) from error
     return Speed(
         config.model.model, built.parameters, len(target), str(accelerator.device), loader, trained,
-        evaluated, memory,
+        evaluated, memory, seconds,
     )  # fmt: skip
 
 

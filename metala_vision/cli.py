@@ -175,41 +175,47 @@ def compare_command(argv: list[str], prog: str) -> int:
         epilog=f"comparisons that ship: {', '.join(shipped_comparisons())}",
     )  # fmt: skip
     parser.add_argument("comparison", help="YAML file, or one that ships: compare/quickstart")
-    parser.add_argument("--output", type=Path, help="folder [runs/NAME of the file]")
+    parser.add_argument("--output", type=Path, help="folder [runs/compare-NAME of the file]")
     parser.add_argument(
         "--seconds", type=float, default=5.0, help="for each part of a speed; 0: no speeds [5]"
     )
     parser.add_argument(
-        "--gpus", nargs="+", metavar="GPU", help="train one run on each of them at a time: 0 1 2"
+        "--gpus",
+        metavar="LIST",
+        help="train a run on each of them at a time, as 0,1,2; of those "
+        "that CUDA_VISIBLE_DEVICES names, where it is set",
     )
     given = parser.parse_args(argv)
     if not 0 <= given.seconds < float("inf"):
         raise UserError(f"--seconds needs a number of 0 or more, got {given.seconds}")
-    _check_gpus(given.gpus or [])
+    devices = _devices(given.gpus)
     from .compare import as_markdown, compare, load_comparison
     from .compare.report import REPORT_FILE
 
     comparison = load_comparison(given.comparison)
     stem = Path(given.comparison).stem
     output = given.output or Path("runs") / f"compare-{stem}"
-    rows = compare(comparison, output, given.seconds, given.gpus or (None,), f"Comparison: {stem}")
+    rows = compare(comparison, output, given.seconds, devices, f"Comparison: {stem}")
     print(as_markdown(rows))
     print(output / REPORT_FILE)
     return 1 if any(row.errors for row in rows) else 0
 
 
-def _check_gpus(gpus: list[str]) -> None:
-    """Each is there, and given once."""
-    if not gpus:
-        return
+def _devices(gpus: str | None) -> list[str | None]:
+    """CUDA_VISIBLE_DEVICES for each of the GPUs asked for; each must be there, and once."""
+    if gpus is None:
+        return [None]
     import torch
 
-    count = torch.cuda.device_count()
-    for gpu in gpus:
+    count, given = torch.cuda.device_count(), gpus.split(",")
+    mask = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(i) for i in range(count)] if mask is None else mask.split(",")
+    for gpu in given:
         if not gpu.isdecimal() or int(gpu) >= count:
-            raise UserError(f"--gpus: no GPU {gpu!r}, this machine has {count}")
-        if gpus.count(gpu) > 1:
+            raise UserError(f"--gpus: no GPU {gpu!r}, {count} can be used")
+        if given.count(gpu) > 1:
             raise UserError(f"--gpus: GPU {gpu} is given twice")
+    return [names[int(gpu)].strip() for gpu in given]
 
 
 def scaling_command(argv: list[str], prog: str) -> int:
@@ -225,9 +231,11 @@ def scaling_command(argv: list[str], prog: str) -> int:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """A dataclass, as JSON."""
+    """A dataclass, as JSON; whole, or not at all."""
+    fresh = path.with_name(f"{path.name}.new")
     try:
-        path.write_text(json.dumps(dataclasses.asdict(values), indent=2) + "\n")
+        fresh.write_text(json.dumps(dataclasses.asdict(values), indent=2) + "\n")
+        os.replace(fresh, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 

@@ -170,6 +170,38 @@ class Loaders:
                 draws._shutdown_workers()
 
 
+def preprocessing_of(
+    config: DataConfig, model_config: ModelConfig, model: nn.Module
+) -> dict[str, Any]:
+    """What evaluation does to an image, in timm's words; what is not configured is the model's own.
+
+    Raises:
+        UserError: for a mean or std of another number of channels.
+    """
+    in_chans = model_config.in_chans
+    for name in ("mean", "std"):
+        given = getattr(config, name)
+        if given is not None and len(given) not in (1, in_chans):
+            raise UserError(
+                f"data.{name} has {len(given)} values; 1 or in_chans={in_chans} are accepted"
+            )
+    wanted = {
+        "input_size": None,
+        "crop_pct": config.crop_pct,
+        "mean": config.mean,
+        "std": config.std,
+        "in_chans": in_chans,
+    }
+    inputs = resolve_data_config(wanted, model=model)
+    size = model_config.img_size or inputs["input_size"][-1]
+    return {
+        "input_size": (in_chans, size, size),
+        "mean": inputs["mean"][:in_chans],
+        "std": inputs["std"][:in_chans],
+        **{key: inputs[key] for key in ("interpolation", "crop_pct", "crop_mode")},
+    }
+
+
 def create_loaders(
     config: DataConfig,
     model_config: ModelConfig,
@@ -186,24 +218,9 @@ def create_loaders(
     """
     if len(split.train_indices) < world:
         raise UserError(f"{len(split.train_indices)} training images for {world} processes")
-    in_chans = model_config.in_chans
-    mode = "RGB" if in_chans == 3 else "L"
-    for name in ("mean", "std"):
-        given = getattr(config, name)
-        if given is not None and len(given) not in (1, in_chans):
-            raise UserError(
-                f"data.{name} has {len(given)} values; 1 or in_chans={in_chans} are accepted"
-            )
-    wanted = {
-        "input_size": None,
-        "crop_pct": config.crop_pct,
-        "mean": config.mean,
-        "std": config.std,
-    }
-    inputs = resolve_data_config({**wanted, "in_chans": in_chans}, model=model)
-    size = model_config.img_size or inputs["input_size"][-1]
-    input_size = (in_chans, size, size)
-    mean, std = inputs["mean"][:in_chans], inputs["std"][:in_chans]
+    mode = "RGB" if model_config.in_chans == 3 else "L"
+    inputs = preprocessing_of(config, model_config, model)
+    input_size, mean, std = inputs["input_size"], inputs["mean"], inputs["std"]
     try:
         train_transform: Any = create_transform(
             input_size,
@@ -255,10 +272,4 @@ def create_loaders(
         generator=torch.Generator().manual_seed(seed),
         **common,
     )
-    preprocessing = {
-        "input_size": input_size,
-        "mean": mean,
-        "std": std,
-        **{key: inputs[key] for key in ("interpolation", "crop_pct", "crop_mode")},
-    }
-    return Loaders(train, batches, val, preprocessing)
+    return Loaders(train, batches, val, inputs)

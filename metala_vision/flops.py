@@ -42,13 +42,16 @@ def count_flops(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     image = torch.zeros((1, *input_size), device=next(model.parameters()).device)
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
     training = model.training
-    model.eval()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model.eval().requires_grad_(False)  # FlopCounterMode hooks gradients, which fails for CaiT
     try:
         # As its two products: torch has no count for the form that a CPU takes.
         with torch.no_grad(), whole_operators(), sdpa_kernel(SDPBackend.MATH), counter:
             model(image)
     finally:
         model.train(training)
+        for parameter in trained:
+            parameter.requires_grad_()
     return counter.get_total_flops()
 
 

@@ -1,5 +1,6 @@
 """The learning curve of a run; how pictures look, and how they are written."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,10 @@ def learning_curve(metrics: list[dict[str, Any]], title: str, path: Path) -> Non
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a picture; a UserError where that cannot be."""
+    """Write a picture, whole or not at all; a UserError where that cannot be."""
+    fresh = path.with_name(f"{path.stem}.new{path.suffix}")
     try:
-        figure.savefig(path, dpi=130)
+        figure.savefig(fresh, dpi=130)
+        os.replace(fresh, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error

@@ -223,13 +223,16 @@ def check_resumable(config: Config, path: Path) -> None:
     check_same(config, path, f"the run in {path.parent}", "a resumed run keeps its configuration")
 
 
-def check_same(config: Config, path: Path, what: str, why: str = "take another folder") -> None:
-    """UserError where the configuration in that file differs in a key that shapes a run."""
+def check_same(
+    config: Config, path: Path, what: str, why: str = "take another folder",
+    free: dict[str, set[str]] = FREE_KEYS,
+) -> None:  # fmt: skip
+    """UserError where the configuration in that file differs in a key that is not free."""
     before = load_config(str(path))
     for section in SECTIONS:
         now, then = (getattr(c, section).model_dump() for c in (config, before))
         for key, value in now.items():
-            if key not in FREE_KEYS.get(section, ()) and value != then[key]:
+            if key not in free.get(section, ()) and value != then[key]:
                 raise UserError(f"{section}.{key} is {value!r}, {what} has {then[key]!r}: {why}")
 
 

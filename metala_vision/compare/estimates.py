@@ -49,10 +49,12 @@ def overlap(first: Estimate, second: Estimate) -> bool:
 
 
 def places(estimates: Sequence[Estimate]) -> list[int | None]:
-    """The place of each, 1 for the largest mean; None where its interval meets another's."""
+    """The place of each, 1 for the largest mean; None where its interval meets another's, is not
+    known, or is the only one."""
     ranked = sorted(range(len(estimates)), key=lambda i: -estimates[i].mean)
     found: list[int | None] = [None] * len(estimates)
     for place, i in enumerate(ranked, 1):
-        if not any(overlap(estimates[i], other) for j, other in enumerate(estimates) if j != i):
+        others = [other for j, other in enumerate(estimates) if j != i]
+        if others and not any(overlap(estimates[i], other) for other in others):
             found[i] = place
     return found

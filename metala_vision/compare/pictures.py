@@ -14,6 +14,7 @@ from metala_vision.plots import save, style
 
 from .table import Row
 
+LONGEST = 22  # characters of a label
 CURVE_POINTS = 20  # means over so many parts of a run: what the text table can hold too
 
 
@@ -27,6 +28,11 @@ class Curve:
     """Training loss, the mean of each part of the run."""
     top1: list[tuple[int, float]] = field(default_factory=list)
     """Held-out, percent."""
+
+
+def short(name: str) -> str:
+    """What of a long name a picture has room for."""
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
 
 
 def curve_of(name: str, seed: int, metrics: list[dict[str, Any]]) -> Curve:
@@ -88,7 +94,9 @@ def _draw(axis: Axes, panel: Panel, rows: list[Row], names: bool) -> None:
         )
     _limits(axis, panel, rows)
     axis.set_ylim(len(rows) - 0.4, -0.6)
-    axis.set_yticks(range(len(rows)), [row.name for row in rows] if names else [""] * len(rows))
+    axis.set_yticks(
+        range(len(rows)), [short(row.name) for row in rows] if names else [""] * len(rows)
+    )
     axis.set_title(panel.title, fontsize=10, loc="left" if names else "center")
     axis.grid(axis="x", alpha=0.3)
     axis.set_axisbelow(True)
@@ -120,7 +128,7 @@ def _curves(axes: Sequence[Axes], curves: list[Curve], rows: list[Row]) -> None:
     labelled = set()
     for curve in curves:
         look = style(places[curve.name])
-        label = None if curve.name in labelled else curve.name
+        label = None if curve.name in labelled else short(curve.name)
         labelled.add(curve.name)
         for axis, pairs in zip(axes, (curve.loss, curve.top1), strict=False):
             axis.plot(*_columns(pairs), label=label, **look)

@@ -4,6 +4,7 @@ A run is resumed where it was stopped, and one that fails is a row with its erro
 """
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,16 +15,16 @@ import torch
 import yaml
 
 from metala_vision.build import create_model
-from metala_vision.errors import UserError
+from metala_vision.errors import UserError, one_line
 from metala_vision.flops import count_flops
-from metala_vision.run_folder import METRICS_FILE, RESULT_FILE, check_same, read_metrics
+from metala_vision.run_folder import CONFIG_FILE, RESULT_FILE, check_same
 from metala_vision.scaling import ScalingConfig, scaling
 from metala_vision.scaling.pictures import scaling_curves
 
-from .comparison import CompareConfig, Member, check_matched, member_config
+from .comparison import CompareConfig, check_matched, member_config
 from .estimates import estimate, places
 from .published import PUBLISHED
-from .report import Scaled, write_report
+from .report import Scaled, metrics_of, write_report
 from .sweep import Sweep
 from .table import Row, write_tables, write_text
 
@@ -48,17 +49,19 @@ def compare(
         Stopped: by a signal; the runs are saved.
     """
     check_matched(comparison)
+    members, seeds = comparison.members, comparison.seeds
+    which = [(i, seed) for i in range(len(members)) for seed in seeds]
     try:
         (output / "configs").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror}") from error
-    rows = [Row(member.name, member.model) for member in comparison.members]
+    configs = _write_configs(comparison, output)
+    rows = [Row(member.name, member.model) for member in members]
     found: list[dict[int, Result]] = [{} for _ in rows]  # by member, then seed
     with Sweep(devices) as sweep:
-        which = [(i, seed) for i in range(len(rows)) for seed in comparison.seeds]
         jobs: list[Callable[[], Result | str]] = [
-            partial(_train, sweep, comparison, comparison.members[i], seed, output)
-            for i, seed in which
+            partial(_train, sweep, f"{members[i].name}-{seed}", config, output)
+            for (i, seed), config in zip(which, configs, strict=True)
         ]
         for number, result in sweep.each(jobs):
             i, seed = which[number]
@@ -66,16 +69,17 @@ def compare(
                 rows[i].errors.append(f"seed {seed}: {result}")
             else:
                 found[i][seed] = result
-            _fill(comparison, rows, found)
+            _fill(comparison, rows[i], i, found[i])
+            _give_places(rows, len(seeds))
             write_tables(rows, output)
     if seconds:
         with Sweep(devices[:1]) as sweep:
-            for member, row in zip(comparison.members, rows, strict=True):
+            for row, config in zip(rows, configs[:: len(seeds)], strict=True):
                 if row.top1 is not None:
-                    _measure(sweep, comparison, member, output, seconds, row)
+                    _measure(sweep, row, config, output, seconds)
     write_tables(rows, output)
     scaled = _scaled(comparison, rows, output, seconds) if seconds else None
-    write_report(comparison, rows, output, title, scaled)
+    write_report(comparison, rows, output, title, seconds, scaled)
     return rows
 
 
@@ -102,77 +106,105 @@ def _scaled(
     return Scaled(text, picture.read_text(encoding="utf-8"))
 
 
-def _train(
-    sweep: Sweep, comparison: CompareConfig, member: Member, seed: int, output: Path
-) -> Result | str:
+def _train(sweep: Sweep, name: str, config: Path, output: Path) -> Result | str:
     """The result of a run, finished before or now, or the line of its error."""
-    run_dir = output / f"{member.name}-{seed}"
-    config = _write_config(comparison, member, seed, output)
-    if (run_dir / RESULT_FILE).is_file():
-        print(f"{member.name}, seed {seed}: finished before", flush=True)
-    else:
-        print(f"{member.name}, seed {seed}", flush=True)
-        flags = ["--config", str(config), "--run-dir", str(run_dir), "--resume", "auto"]
-        error = sweep.run("train", flags, output / f"{run_dir.name}.txt")
-        if error is not None:
-            return error
-    return _result(run_dir)
+    run_dir = output / name
+    result = _result(run_dir)
+    if result is not None:
+        print(f"{name}: finished before", flush=True)
+        return result
+    print(name, flush=True)
+    flags = ["--config", str(config), "--run-dir", str(run_dir), "--resume", "auto"]
+    error = sweep.run("train", flags, output / f"{name}.txt")
+    return error or _result(run_dir) or f"{run_dir / RESULT_FILE} cannot be read"
 
 
-def _result(run_dir: Path) -> Result:
-    result = json.loads((run_dir / RESULT_FILE).read_text())
-    lines = read_metrics(run_dir) if (run_dir / METRICS_FILE).is_file() else []
-    return {**result, "seconds": lines[-1]["seconds"] if lines else None}
+def _result(run_dir: Path) -> Result | None:
+    """What a finished run tells, and the seconds that it took; None where there is none to read."""
+    try:
+        result = json.loads((run_dir / RESULT_FILE).read_text(encoding="utf-8"))
+        {key: result[key] for key in ("parameters", "steps", "top1", "top5", "classes")}
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return {**result, "seconds": max((x["seconds"] for x in metrics_of(run_dir)), default=None)}
 
 
-def _write_config(comparison: CompareConfig, member: Member, seed: int, output: Path) -> Path:
-    """The file of one run; one that lies there must say the same."""
-    config = member_config(comparison, member, seed)
-    path = output / "configs" / f"{member.name}-{seed}.yaml"
-    if path.is_file():
-        check_same(config, path, f"the run of {member.name} in {output}")
-    else:
-        write_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    return path
+def _write_configs(comparison: CompareConfig, output: Path) -> list[Path]:
+    """The file of each run; where one has begun already, its file must say the same.
+
+    Raises:
+        UserError: where it does not, naming the key; before any file is written.
+    """
+    texts: dict[Path, str] = {}
+    for member in comparison.members:
+        for seed in comparison.seeds:
+            config = member_config(comparison, member, seed)
+            folder = config.data.data_dir or os.environ.get("METALA_VISION_DATA")
+            if folder is not None and config.data.dataset != "digits":
+                config.data.data_dir = Path(folder).expanduser().resolve()
+            run = output / f"{member.name}-{seed}"
+            path = output / "configs" / f"{run.name}.yaml"
+            if (run / CONFIG_FILE).is_file():
+                if not path.is_file():
+                    raise UserError(f"{run} is there, but not {path}: take another folder")
+                check_same(config, path, f"the run {run}", free={"data": {"workers"}})
+            texts[path] = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    for path, text in texts.items():
+        write_text(path, text)
+    return list(texts)
 
 
-def _fill(comparison: CompareConfig, rows: list[Row], found: list[dict[int, Result]]) -> None:
-    """What the runs so far tell."""
-    for member, row, results in zip(comparison.members, rows, found, strict=True):
-        if not results:
-            continue
-        by_seed = [results[seed] for seed in comparison.seeds if seed in results]
-        row.top1, row.top5 = (estimate([r[k] for r in by_seed]) for k in ("top1", "top5"))
-        seconds = [r["seconds"] for r in by_seed if r["seconds"] is not None]
-        row.minutes = fmean(seconds) / 60 if seconds else None
-        first = by_seed[0]
-        row.parameters, row.steps = first["parameters"], first["steps"]
-        config = member_config(comparison, member, comparison.seeds[0]).model
-        if row.gflops is None:
-            size = tuple(first["input_size"])
-            config.img_size = size[-1]
+def _fill(comparison: CompareConfig, row: Row, i: int, results: dict[int, Result]) -> None:
+    """What the runs of one member tell so far."""
+    by_seed = [results[seed] for seed in comparison.seeds if seed in results]
+    if not by_seed:
+        return
+    row.top1, row.top5 = (estimate([r[k] for r in by_seed]) for k in ("top1", "top5"))
+    seconds = [r["seconds"] for r in by_seed if r["seconds"] is not None]
+    row.minutes = fmean(seconds) / 60 if seconds else None
+    first = by_seed[0]
+    row.parameters, row.steps = first["parameters"], first["steps"]
+    config = member_config(comparison, comparison.members[i], comparison.seeds[0]).model
+    if not config.model_kwargs:
+        row.published = PUBLISHED.get(row.model)
+    if row.gflops is None:
+        size = tuple(first["input_size"])
+        config.img_size = size[-1]
+        try:
             with torch.device("meta"):
                 model = create_model(config, first["classes"])
             row.gflops = count_flops(model, size) / 1e9
-        if not config.model_kwargs:
-            row.published = PUBLISHED.get(member.model)
-    trained = [row for row in rows if row.top1 is not None]
-    for row, place in zip(trained, places([row.top1 for row in trained if row.top1]), strict=True):
+        except Exception as error:  # whatever another library's model does on that device
+            row.errors.append(f"FLOPs: {type(error).__name__}: {one_line(error)}")
+
+
+def _give_places(rows: list[Row], seeds: int) -> None:
+    """Where all rows have all their seeds; a row that lacks one may yet be anywhere."""
+    estimates = [row.top1 for row in rows if row.top1 is not None and row.top1.count == seeds]
+    found = places(estimates) if len(estimates) == len(rows) else [None] * len(rows)
+    for row, place in zip(rows, found, strict=True):
         row.place = place
 
 
-def _measure(
-    sweep: Sweep, comparison: CompareConfig, member: Member, output: Path, seconds: float, row: Row
-) -> None:  # fmt: skip
-    path = output / f"{member.name}-speed.json"
-    if not path.is_file():
-        print(f"{member.name}, speed", flush=True)
-        config = _write_config(comparison, member, comparison.seeds[0], output)
+def _measure(sweep: Sweep, row: Row, config: Path, output: Path, seconds: float) -> None:
+    """Speed and memory, measured before as long or now."""
+    path = output / f"{row.name}-speed.json"
+    speed = _speed(path)
+    if speed is None or speed["seconds"] != seconds:
+        print(f"{row.name}, speed", flush=True)
         flags = ["--config", str(config), "--seconds", str(seconds), "--json", str(path)]
-        error = sweep.run("bench", flags, output / f"{member.name}-speed.txt")
-        if error is not None:
-            row.errors.append(f"speed: {error}")
+        error = sweep.run("bench", flags, output / f"{row.name}-speed.txt")
+        speed = _speed(path)
+        if error is not None or speed is None:
+            row.errors.append(f"speed: {error or f'{path} cannot be read'}")
             return
-    speed = json.loads(path.read_text())
     row.train_img_s, row.inference_img_s = speed["step"], speed["evaluation"]
     row.memory_mib = speed["memory_mib"]
+
+
+def _speed(path: Path) -> dict[str, Any] | None:
+    try:
+        speed = json.loads(path.read_text(encoding="utf-8"))
+        return {key: speed[key] for key in ("step", "evaluation", "memory_mib", "seconds")}
+    except (OSError, ValueError, LookupError, TypeError):
+        return None

@@ -10,12 +10,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
 from metala_vision.errors import Stopped, UserError
-from metala_vision.processes import SIGNALS
+from metala_vision.processes import SIGNALS, own_environment
 
 T = TypeVar("T")
 INTERRUPTED = (130, -signal.SIGINT)  # exit status of a child that Ctrl-C reached
@@ -34,9 +35,10 @@ class Sweep:
         self.count = len(devices)
         for device in devices:
             self.free.put(device)
-        self.children: set[subprocess.Popen[str]] = set()
+        self.children: set[subprocess.Popen[bytes]] = set()
         self.lock = threading.Lock()
         self.received = 0
+        self.failed = False
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> "Sweep":
@@ -49,11 +51,8 @@ class Sweep:
             signal.signal(number, handler)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        """The runs save and end."""
         self.received = number
-        for child in tuple(self.children):
-            with contextlib.suppress(ProcessLookupError):
-                child.send_signal(signal.SIGTERM)
+        self._end_all()
 
     def run(self, command: str, flags: Sequence[str], log: Path) -> str | None:
         """One command, on a device that is free; None, or the last line told of its failure.
@@ -70,40 +69,55 @@ class Sweep:
             self.free.put(device)
 
     def _run(self, told: list[str], log: Path, device: str | None) -> str | None:
-        environment = dict(os.environ)
+        environment = own_environment()
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = device
+        errors = log.with_suffix(".err")  # while it runs: what a killed parent would lose
         try:
-            with log.open("a") as file:
+            with log.open("a") as out, errors.open("w") as err:
                 child = subprocess.Popen(
-                    told, stdout=file, stderr=subprocess.PIPE, text=True, env=environment,
-                    preexec_fn=_end_with_parent if LIBC is not None else None,
+                    told, stdout=out, stderr=err, env=environment,
+                    preexec_fn=None if LIBC is None else partial(_end_with_parent, os.getpid()),
                 )  # fmt: skip
-                with self.lock:
-                    self.children.add(child)
-                try:
-                    if self.received:  # between the check and the start
-                        child.send_signal(signal.SIGTERM)
-                    _, stderr = child.communicate()
-                except BaseException:
-                    child.terminate()
-                    child.wait()
-                    raise
-                finally:
-                    with self.lock:
-                        self.children.discard(child)
-                file.write(stderr)
+                self._wait(child)
+            text = errors.read_text(encoding="utf-8", errors="replace")
+            with log.open("a") as out:
+                out.write(text)
+            errors.unlink()
         except OSError as error:
             raise UserError(f"cannot write {log}: {error.strerror}") from error
-        if child.returncode == 0:
-            return None
         self._raise_if_stopped()
-        if child.returncode in INTERRUPTED:
+        status = child.returncode
+        if status == 0:
+            return None
+        if status in INTERRUPTED:
             raise KeyboardInterrupt
-        lines = stderr.strip().splitlines()
-        if not lines:
-            return f"exit status {child.returncode}"
+        if status < 0:
+            cause = ", as where memory is short" if status == -signal.SIGKILL else ""
+            return f"ended by {signal.Signals(-status).name}{cause}"
+        lines = text.strip().splitlines() or [f"exit status {status}"]
         return lines[-1].removeprefix("metala-vision: error: ")
+
+    def _wait(self, child: subprocess.Popen[bytes]) -> None:
+        with self.lock:
+            self.children.add(child)
+        try:
+            if self.received or self.failed:  # between the check and the start
+                child.send_signal(signal.SIGTERM)
+            child.wait()
+        except BaseException:
+            child.terminate()
+            child.wait()
+            raise
+        finally:
+            with self.lock:
+                self.children.discard(child)
+
+    def _end_all(self) -> None:
+        """The runs save and end."""
+        for child in tuple(self.children):
+            with contextlib.suppress(ProcessLookupError):
+                child.send_signal(signal.SIGTERM)
 
     def _raise_if_stopped(self) -> None:
         if self.received:
@@ -113,7 +127,8 @@ class Sweep:
     def each(self, jobs: Sequence[Callable[[], T]]) -> Iterator[tuple[int, T]]:
         """Number and result of each job as it ends; as many at a time as there are devices.
 
-        Jobs that have not begun are dropped where one raises.
+        Where one raises, or Ctrl-C ends it, those that run are asked to save and end, and the
+        others do not begin.
         """
         if self.count == 1:  # in this thread, which Ctrl-C reaches
             for number, job in enumerate(jobs):
@@ -124,8 +139,11 @@ class Sweep:
             try:
                 for done in as_completed(waiting):
                     yield waiting[done], done.result()
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+            except BaseException:
+                self.failed = True
+                pool.shutdown(wait=False, cancel_futures=True)
+                self._end_all()
+                raise
 
 
 def _libc() -> Any:
@@ -139,9 +157,11 @@ LIBC = _libc()
 PR_SET_PDEATHSIG = 1
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(parent: int) -> None:
     """In a child before it becomes its program: save and end should its parent be killed.
 
     Left alone it would train on and hold its run folder against the comparison begun again.
     """
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # killed before that
+        os._exit(1)

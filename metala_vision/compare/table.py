@@ -50,13 +50,21 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def cells(row: Row, sources: list[str]) -> list[str]:
-    """A row as text; what is not known is a dash. `sources` are those of the published figures."""
+def _percent(value: Estimate | None, seeds: int) -> str:
+    if value is None:
+        return "-"
+    return str(value) if value.count == seeds else f"{value}, {value.count} of {seeds} seeds"
+
+
+def cells(row: Row, rows: list[Row]) -> list[str]:
+    """A row of the table as text; what is not known is a dash."""
+    sources = sources_of(rows)
+    seeds = max((r.top1.count for r in rows if r.top1 is not None), default=0)
     published = "-"
     if row.published is not None:
         published = f"{row.published.top1} [{sources.index(row.published.source) + 1}]"
     return [
-        row.name, str(row.top1 or "-"), str(row.top5 or "-"), _number(row.place, ""),
+        row.name, _percent(row.top1, seeds), _percent(row.top5, seeds), _number(row.place, ""),
         _number(row.parameters, ","), _number(row.gflops, ".3g"), _number(row.train_img_s, ".1f"),
         _number(row.inference_img_s, ".1f"), _number(row.memory_mib, ".0f"),
         _number(row.steps, ","), _number(row.minutes, ".1f"), published,
@@ -95,7 +103,7 @@ def as_markdown(rows: list[Row]) -> str:
     sources = sources_of(rows)
     rules = ("---:" if side == "right" else "---" for side in COLUMNS.values())
     lines = [f"| {' | '.join(COLUMNS)} |", f"|{'|'.join(rules)}|"]
-    lines += [f"| {' | '.join(cells(row, sources))} |" for row in rows]
+    lines += [f"| {' | '.join(cells(row, rows))} |" for row in rows]
     for block in (failures(rows), notes(rows), [f"[{i}] {s}" for i, s in enumerate(sources, 1)]):
         for line in block:
             lines += ["", line]

@@ -185,9 +185,14 @@ def scaling(config: ScalingConfig, output: Path) -> tuple[list[Measured], str]:
 
 def measure(point: Point) -> dict[str, Any]:
     """One process: {"passes": seconds each, "memory_mib"}, or {"full"}, {"over"} or {"error"}."""
+    from metala_vision.processes import own_environment
+
     told = [sys.executable, "-m", "metala_vision.scaling.point", json.dumps(asdict(point))]
     try:
-        done = subprocess.run(told, capture_output=True, text=True, timeout=point.limit + GRACE)
+        done = subprocess.run(
+            told, capture_output=True, text=True, errors="replace", env=own_environment(),
+            timeout=point.limit + GRACE,
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         return {"over": point.limit}
     except OSError as error:

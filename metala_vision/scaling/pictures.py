@@ -1,7 +1,6 @@
 """The picture of a scaling measurement."""
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from metala_vision.errors import UserError
-from metala_vision.plots import style
+from metala_vision.plots import save, style
 
 from .table import Measured, series
 
@@ -58,12 +56,7 @@ def scaling_curves(
             ncols=min(columns, len(labels)),
             frameon=False,
         )
-    fresh = path.with_name(f"{path.stem}.new{path.suffix}")
-    try:
-        figure.savefig(fresh, dpi=130)
-        os.replace(fresh, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    save(figure, path)
 
 
 def _curves(time_axis: Axes, memory_axis: Axes, rows: list[Measured], look: dict[str, Any]) -> None:

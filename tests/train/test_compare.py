@@ -5,11 +5,17 @@ import json
 import shutil
 
 import pytest
-import yaml
+import torch
 
-from metala_vision.cli import main
+from metala_vision.build import create_model
+from metala_vision.cli import _devices, main
 from metala_vision.compare import check_matched, load_comparison, member_config
+from metala_vision.compare import run as compare_run
+from metala_vision.compare.estimates import estimate
+from metala_vision.compare.run import _result, _speed, _write_configs
+from metala_vision.compare.table import Row
 from metala_vision.config_file import shipped_comparisons
+from metala_vision.data import preprocessing_of
 from metala_vision.errors import UserError
 from tests.train._comparison import comparison
 
@@ -66,8 +72,13 @@ def test_what_ships_is_matched(name):
     check_matched(loaded)
     names = [member.model for member in loaded.members]
     assert "deit_tiny_patch16_224" in names and any(n.startswith("attention") for n in names)
-    size = {member_config(loaded, member, 0).model.img_size for member in loaded.members}
-    assert len(size) == 1 and None not in size
+    seen = set()
+    for member in loaded.members:  # what is done to an image is the same for all, whoever decides
+        config = member_config(loaded, member, 0)
+        with torch.device("meta"):
+            model = create_model(config.model, 10)
+        seen.add(str(preprocessing_of(config.data, config.model, model)))
+    assert len(seen) == 1
 
 
 def test_every_option_of_metala_has_an_ablation():
@@ -87,22 +98,45 @@ def test_a_changed_file_does_not_go_on_with_other_runs(tmp_path, digit_tree, cap
     output = tmp_path / "out"
     (output / "configs").mkdir(parents=True)
     first = comparison(tmp_path, digit_tree)
-    config = member_config(load_comparison(str(first)), load_comparison(str(first)).members[0], 0)
-    text = yaml.safe_dump(config.model_dump(mode="json"))
-    (output / "configs" / "metala_nano-0.yaml").write_text(text)
+    _write_configs(load_comparison(str(first)), output)
+    (output / "metala_nano-0").mkdir()
+    (output / "metala_nano-0" / "config.yaml").touch()
     optim = {"epochs": 2, "warmup_epochs": 0}
     second = comparison(tmp_path, digit_tree, more={"optim": optim})
     assert main(["compare", str(second), "--output", str(output)]) == 2
     error = capsys.readouterr().err
-    line = f"optim.epochs is 2, the run of metala_nano in {output} has 1: take another folder"
+    line = f"optim.epochs is 2, the run {output / 'metala_nano-0'} has 1: take another folder"
     assert line in error and error.count("\n") == 1
+    assert not (output / "attention_nano-0").exists()
+    third = comparison(tmp_path, tmp_path)
+    assert main(["compare", str(third), "--output", str(output)]) == 2
+    assert "data.data_dir is" in capsys.readouterr().err
+    (output / "configs" / "metala_nano-0.yaml").unlink()
+    assert main(["compare", str(first), "--output", str(output)]) == 2
+    assert "is there, but not" in capsys.readouterr().err
+
+
+def test_a_run_that_never_began_may_be_mended(tmp_path, digit_tree):
+    """Its file is written anew."""
+    output = tmp_path / "out"
+    (output / "configs").mkdir(parents=True)
+    path = output / "configs" / "metala_nano-0.yaml"
+    path.write_text("optim: {opt: adamww}")
+    _write_configs(load_comparison(str(comparison(tmp_path, digit_tree))), output)
+    assert "adamww" not in path.read_text()
 
 
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
         ({"optim.lr": 0.1}, "b and a differ in optim.lr: 0.1 and 0.002; name it under `differs`"),
-        ({"model.model_kwargs": {"conv": "none"}}, "b and a differ in model.model_kwargs"),
+        (
+            {"model.model_kwargs": {"conv": "none"}},
+            "b and a differ in model.model_kwargs.conv: 'none' and \"the model's own\"",
+        ),
+        ({"model.model_kwargs.tau": 4}, "b and a differ in model.model_kwargs.tau: 4 and "),
+        ({"run.seed": 3}, "member b: run.seed is decided by seeds"),
+        ({"model.depth.x": 3}, "member b: 'model.depth.x' is no section.key of a configuration"),
         ({"lr": 0.1}, "member b: 'lr' is no section.key of a configuration"),
         ({"optim.lrr": 0.1}, "unknown key 'optim.lrr'; did you mean lr?"),
     ],
@@ -147,7 +181,14 @@ def test_mixers_that_are_not_alike_are_refused(trait, tmp_path):
         ({"members": []}, "members=[] does not fit"),
         ({"members": ["metala_nano", "metala_nano"]}, "two members are called 'metala_nano'"),
         ({"members": ["metala_nanno"]}, "unknown model 'metala_nanno'; did you mean metala_nano?"),
-        ({"recipes": "x"}, "unknown"),
+        ({"recipes": "x"}, "unknown key 'recipes'; did you mean recipe?"),
+        ({"seed": 3}, "unknown key 'seed'; did you mean seeds?"),
+        ({"seeds": [1, 2, 1]}, "seeds=[1, 2, 1] does not fit: seed 1 is there twice"),
+        (
+            {"members": [{"name": "a", "model": "metala_nano", "setings": {}}]},
+            "unknown key 'members.0.setings'; did you mean settings?",
+        ),
+        ({"members": [{"name": "a" * 99, "model": "metala_nano"}]}, "at most 80 characters"),
         ({"recipe": None}, "recipe=None does not fit"),
         ({"differs": ["optim.lrr"]}, "differs: unknown 'optim.lrr'; did you mean optim.lr?"),
         ({"seeds": [-1]}, "does not fit"),
@@ -182,3 +223,66 @@ def test_an_unknown_comparison_names_those_that_ship(capsys):
     assert main(["compare", "compare/quickstrat"]) == 2
     error = capsys.readouterr().err
     assert "ablations/tau, compare/quickstart" in error and error.count("\n") == 1
+
+
+def test_an_image_size_that_is_the_models_own_is_not_matched(tmp_path):
+    members = ["vit_tiny_patch16_384", "deit_tiny_patch16_224"]
+    overrides = {"model": {"img_size": None, "patch_size": 16}}
+    file = comparison(tmp_path, members=members, overrides=overrides)
+    line = r"deit_.* and vit_.* differ in model.img_size: \(1, 224, 224\) and \(1, 384, 384\)"
+    with pytest.raises(UserError, match=line):
+        check_matched(load_comparison(str(file)))
+    del overrides["model"]["img_size"]
+    overrides |= {"model": {**overrides["model"], "img_size": 64}, "data": {"crop_pct": None}}
+    file = comparison(tmp_path, members=["metala_nano", *members[1:]], overrides=overrides)
+    with pytest.raises(UserError, match=r"differ in data.crop_pct: 0.9 and 1.0"):
+        check_matched(load_comparison(str(file)))
+
+
+def test_depth_is_a_matter_of_the_model(tmp_path):
+    """Of two depths, the layers that both have are held against each other."""
+    settings = {"model.model_kwargs": {"depth": 3}}
+    deep = {"name": "deep", "model": "gla_nano", "settings": settings}
+    differs = ["model.model_kwargs.depth"]
+    check_matched(
+        load_comparison(str(comparison(tmp_path, members=["metala_nano", deep], differs=differs)))
+    )
+
+
+def test_arguments_of_a_member_are_laid_over_those_of_all(tmp_path):
+    member = {"name": "a", "model": "metala_nano", "settings": {"model.model_kwargs": {"tau": 4}}}
+    loaded = load_comparison(str(comparison(tmp_path, members=[member])))
+    kwargs = member_config(loaded, loaded.members[0], 0).model.model_kwargs
+    assert kwargs == {"embed_dim": 32, "depth": 1, "num_heads": 1, "tau": 4}
+
+
+def test_no_place_while_a_seed_is_missing():
+    rows = [Row("a", "x", top1=estimate([1.0, 1.1])), Row("b", "x", top1=estimate([9.0, 9.1]))]
+    compare_run._give_places(rows, 2)
+    assert [row.place for row in rows] == [2, 1]
+    compare_run._give_places(rows, 3)
+    assert [row.place for row in rows] == [None, None]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", '{"steps": 1}'])
+def test_a_torn_file_counts_as_none(text, tmp_path):
+    (tmp_path / "result.json").write_text(text)
+    assert _result(tmp_path) is None
+    assert _speed(tmp_path / "result.json") is None and _speed(tmp_path / "none.json") is None
+
+
+@pytest.mark.parametrize(
+    ("mask", "gpus", "found"),
+    [
+        (None, "0,1", ["0", "1"]),
+        (None, "1", ["1"]),
+        ("4,5", "0,1", ["4", "5"]),
+        ("GPU-ab, GPU-cd", "1", ["GPU-cd"]),
+    ],
+)
+def test_gpus_are_counted_among_those_that_may_be_used(mask, gpus, found, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if mask is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mask)
+    assert _devices(gpus) == found

@@ -45,6 +45,6 @@ def test_places_are_given_where_no_interval_meets_another():
     assert places(apart) == [2, 1, 3]
     assert places([*apart, Estimate(81.5, 1, 3)]) == [3, None, 4, None]
     assert places([Estimate(70, None, 1), Estimate(10, 0.1, 3)]) == [None, None]
-    assert places([Estimate(70, None, 1)]) == [1]
+    assert places([Estimate(70, None, 1)]) == places([Estimate(70, 1.0, 3)]) == [None]
     assert overlap(Estimate(1, 1, 2), Estimate(3, 1, 2))
     assert not overlap(Estimate(1, 0.9, 2), Estimate(3, 1, 2))

@@ -120,6 +120,15 @@ def test_deit_is_counted_as_its_paper_has_it():
     assert (12 * block + shell) / 2e9 == pytest.approx(1.3, abs=0.05)
 
 
+@pytest.mark.parametrize("name", ["cait_xxs24_224", "pit_ti_224"])
+def test_models_that_use_gradients_to_be_counted(name):
+    """FlopCounterMode fails for them where parameters are trained; they are so again behind it."""
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert count_flops(model, (3, 224, 224)) > 1e9
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def test_operators_outside_are_not_nodes():
     """The switch is off again, also behind an error."""
     from metala_vision.kernels import _fused

@@ -13,7 +13,7 @@ from metala_vision.compare.estimates import Estimate, estimate
 from metala_vision.compare.pictures import Curve, curve_of, draw_curves, draw_panels, known
 from metala_vision.compare.published import PUBLISHED, Published
 from metala_vision.compare.report import as_html, write_report
-from metala_vision.compare.table import as_csv, cells, sources_of
+from metala_vision.compare.table import as_csv, cells
 from metala_vision.plots import style
 
 PUBLIC = Published(75.33, "a paper, table 6")
@@ -81,7 +81,7 @@ def test_the_report_stands_alone_and_holds_every_number_as_text():
     assert all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
     text = "\n".join(page.text)
     for row in rows:
-        for cell in cells(row, sources_of(rows)):
+        for cell in cells(row, rows):
             assert cell in text
     for number in ("2.5000", "1.2500", "11.50", "22.50", "2.2500"):
         assert number in text

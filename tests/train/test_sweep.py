@@ -10,9 +10,9 @@ from functools import partial
 import pytest
 
 from metala_vision.cli import main
-from metala_vision.compare import sweep as sweeps
 from metala_vision.compare.sweep import Sweep
 from metala_vision.errors import Stopped, UserError
+from metala_vision.processes import own_environment
 from tests.train._comparison import comparison, table
 from tests.train._runs import children
 
@@ -53,7 +53,12 @@ def test_a_device_runs_one_at_a_time(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "told"),
-    [("echo first >&2; echo last >&2; exit 3", "last"), ("exit 4", "exit status 4")],
+    [
+        ("echo first >&2; echo last >&2; exit 3", "last"),
+        ("exit 4", "exit status 4"),
+        ("printf '\\377\\n' >&2; exit 1", "\ufffd"),
+        ("echo a warning >&2; kill -9 $$", "ended by SIGKILL, as where memory is short"),
+    ],
 )
 def test_a_failure_is_its_last_line(text, told, monkeypatch, tmp_path):
     script(monkeypatch, tmp_path, text)
@@ -65,6 +70,41 @@ def test_ctrl_c_in_a_run_ends_the_sweep(monkeypatch, tmp_path):
     script(monkeypatch, tmp_path, "exit 130")
     with Sweep(["0", "1"]) as sweep, pytest.raises(KeyboardInterrupt):
         list(sweep.each([partial(sweep.run, "x", [], tmp_path / "log.txt")]))
+
+
+@pytest.mark.parametrize("how", ["ctrl-c", "error"])
+def test_what_runs_is_asked_to_end_where_another_ends_the_sweep(how, monkeypatch, tmp_path):
+    """A run of an hour: the sweep is over when it has saved, not when it is through."""
+    script(
+        monkeypatch, tmp_path,
+        f"trap 'echo saved > {tmp_path}/saved; exit 143' TERM\n"
+        f"touch {tmp_path}/running; sleep 3600 & wait",
+    )  # fmt: skip
+
+    def other():
+        wait_until((tmp_path / "running").exists)
+        raise KeyboardInterrupt if how == "ctrl-c" else UserError("no")
+
+    start = time.monotonic()
+    with Sweep(["0", "1"]) as sweep, pytest.raises((KeyboardInterrupt, UserError)):
+        list(sweep.each([partial(sweep.run, "x", [], tmp_path / "a.txt"), other]))
+    assert time.monotonic() - start < 600 and (tmp_path / "saved").exists()
+
+
+def test_a_signal_that_a_run_outlives_ends_the_sweep_too(monkeypatch, tmp_path):
+    script(monkeypatch, tmp_path, "trap '' TERM; kill -TERM $PPID; sleep 0.2; exit 0")
+    with Sweep() as sweep, pytest.raises(Stopped):
+        sweep.run("x", [], tmp_path / "log.txt")
+
+
+def test_runs_find_the_package_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    code = "import metala_vision; print(metala_vision.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=own_environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
@@ -134,14 +174,11 @@ def test_gpus_that_are_not_there_are_refused(digit_tree, tmp_path, capsys, monke
     file = comparison(tmp_path, digit_tree)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for gpus, line in (
-        (["2"], "--gpus: no GPU '2', this machine has 2"),
-        (["a"], "--gpus: no GPU 'a', this machine has 2"),
-        (["1", "1"], "--gpus: GPU 1 is given twice"),
+        ("2", "--gpus: no GPU '2', 2 can be used"),
+        ("a", "--gpus: no GPU 'a', 2 can be used"),
+        ("0,", "--gpus: no GPU '', 2 can be used"),
+        ("1,1", "--gpus: GPU 1 is given twice"),
     ):
-        assert main(["compare", str(file), "--gpus", *gpus]) == 2
+        assert main(["compare", str(file), "--gpus", gpus]) == 2
         error = capsys.readouterr().err
         assert line in error and error.count("\n") == 1
-
-
-def test_children_end_with_their_parent_where_the_system_can():
-    assert (sweeps.LIBC is not None) == (sys.platform == "linux")
