@@ -39,8 +39,8 @@ def test_a_comparison_from_its_file_to_its_table(digit_tree, tmp_path, capsys, m
     flags = ["compare", str(file), "--output", str(output), "--seconds", "0.2"]
     assert main(flags) == 1
     printed = capsys.readouterr().out
-    table = (output / "compare.md").read_text()
-    assert table in printed and printed.splitlines()[-1] == str(output / "report.html")
+    text = (output / "compare.md").read_text()
+    assert text in printed and printed.splitlines()[-1] == str(output / "report.html")
     found = rows(output)
     assert list(found) == ["metala_nano", "broken", "attention_nano"]
     for name in ("metala_nano", "attention_nano"):
@@ -53,7 +53,7 @@ def test_a_comparison_from_its_file_to_its_table(digit_tree, tmp_path, capsys, m
         assert float(found[name]["gflops"]) > 0 and float(found[name]["minutes"]) > 0
         assert int(found[name]["steps"]) == results[0]["steps"]
     assert found["broken"]["top1_mean"] == "" and "patch_size" in found["broken"]["errors"]
-    assert "broken failed: seed 0: " in table
+    assert "broken failed: seed 0: " in text
     for name in ("compare.png", "curves.png"):
         assert (output / name).stat().st_size > 5000
     assert "broken failed: seed 0: " in (output / "report.html").read_text()
