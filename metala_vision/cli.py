@@ -15,6 +15,7 @@ from ._version import __version__
 from .config import SECTIONS, Config
 from .config_file import load_config, shipped_comparisons, shipped_configs
 from .errors import ReportedError, Stopped, UserError, nearest, one_line
+from .files import write_text
 
 COMMANDS = {
     "train": "train a model on a folder of images",
@@ -231,13 +232,8 @@ def scaling_command(argv: list[str], prog: str) -> int:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """A dataclass, as JSON; whole, or not at all."""
-    fresh = path.with_name(f"{path.name}.new")
-    try:
-        fresh.write_text(json.dumps(dataclasses.asdict(values), indent=2) + "\n")
-        os.replace(fresh, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    """A dataclass, as JSON."""
+    write_text(path, json.dumps(dataclasses.asdict(values), indent=2) + "\n")
 
 
 def visualize_command(argv: list[str], prog: str) -> int:

@@ -1,12 +1,11 @@
 """The learning curve of a run; how pictures look, and how they are written."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from .errors import UserError
+from .files import replacing
 
 # Okabe and Ito's colours, which colour-blind readers tell apart too; without the pale yellow.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -64,10 +63,6 @@ def learning_curve(metrics: list[dict[str, Any]], title: str, path: Path) -> Non
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a picture, whole or not at all; a UserError where that cannot be."""
-    fresh = path.with_name(f"{path.stem}.new{path.suffix}")
-    try:
+    """Write a picture; a UserError where that cannot be."""
+    with replacing(path) as fresh:
         figure.savefig(fresh, dpi=130)
-        os.replace(fresh, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
+from metala_vision.files import write_text
 from metala_vision.run_folder import ENVIRONMENT_FILE, read_metrics
 
 from .comparison import CompareConfig, member_config
@@ -22,7 +23,7 @@ from .pictures import (
     known,
     panel_svg,
 )
-from .table import COLUMNS, Row, cells, failures, notes, sources_of, write_text
+from .table import COLUMNS, Row, cells, failures, notes, sources_of
 
 REPORT_FILE = "report.html"
 PICTURES = ("compare.png", "curves.png")

@@ -16,6 +16,7 @@ import yaml
 
 from metala_vision.build import create_model
 from metala_vision.errors import UserError, one_line
+from metala_vision.files import write_text
 from metala_vision.flops import count_flops
 from metala_vision.run_folder import CONFIG_FILE, RESULT_FILE, check_same
 from metala_vision.scaling import ScalingConfig, scaling
@@ -26,7 +27,7 @@ from .estimates import estimate, places
 from .published import PUBLISHED
 from .report import Scaled, metrics_of, write_report
 from .sweep import Sweep
-from .table import Row, write_tables, write_text
+from .table import Row, write_tables
 
 Result = dict[str, Any]
 

@@ -2,11 +2,10 @@
 
 import csv
 import io
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from metala_vision.errors import UserError
+from metala_vision.files import write_text
 
 from .estimates import Estimate
 from .published import Published
@@ -132,20 +131,6 @@ def as_csv(rows: list[Row]) -> str:
             [row.name, row.model, *numbers, *estimates, *printed, "; ".join(row.errors)]
         )
     return table.getvalue()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole, or not at all.
-
-    Raises:
-        UserError: for a folder that cannot be written.
-    """
-    fresh = path.with_name(f"{path.name}.new")
-    try:
-        fresh.write_text(text, encoding="utf-8", newline="")
-        os.replace(fresh, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def write_tables(rows: list[Row], output: Path) -> None:

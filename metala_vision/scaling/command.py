@@ -8,7 +8,6 @@ time is a cell of the table. What is measured is kept: a command that was stoppe
 import argparse
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from metala_vision.errors import UserError, one_line
+from metala_vision.files import write_text
 
 from .point import Point, is_full
 from .table import OVER, Measured, as_csv, as_markdown, series, summary, with_growth
@@ -156,8 +156,8 @@ def scaling(config: ScalingConfig, output: Path) -> tuple[list[Measured], str]:
         for part in series(rows).values():
             with_growth(part)
         text = as_markdown(rows, _described(config, machine))
-        _write(output / CSV_FILE, as_csv(rows))
-        _write(output / TABLE_FILE, text)
+        write_text(output / CSV_FILE, as_csv(rows))
+        write_text(output / TABLE_FILE, text)
         return rows, text
 
     for turn, point in config.points():
@@ -171,7 +171,7 @@ def scaling(config: ScalingConfig, output: Path) -> tuple[list[Measured], str]:
                   flush=True)  # fmt: skip
             found = {**settings, "round": turn, "machine": machine, **measure(point)}
             visits[:] = [v for v in visits if not _same(v, found)] + [found]
-            _write(output / RESULTS_FILE, _as_json(visits))
+            write_text(output / RESULTS_FILE, _as_json(visits))
             print(_outcome(found), flush=True)
         of_point.append(found)
         tables()
@@ -327,13 +327,3 @@ def _opened(output: Path) -> list[dict[str, Any]]:
     if not isinstance(visits, list) or not all(isinstance(v, dict) for v in visits):
         raise UserError(f"{path} is no result of this command; name another --output")
     return visits
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    fresh = path.with_name(f"{path.name}.new")
-    try:
-        fresh.write_text(text, encoding="utf-8", newline="")
-        os.replace(fresh, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from metala_vision.errors import UserError
+from metala_vision.files import write_text
 
 PICTURES = (".png", ".pdf", ".svg")
 MOST_LAYERS = 6  # of an attention picture, where none are named
@@ -89,10 +90,7 @@ def draw(given: argparse.Namespace) -> Path:
     ](given)
     if as_json is not None:
         lines = ",\n".join(f'  "{key}": {json.dumps(value)}' for key, value in numbers.items())
-        try:
-            as_json.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"cannot write {as_json}: {error.strerror}") from error
+        write_text(as_json, f"{{\n{lines}\n}}\n")
     return given.out
 
 
