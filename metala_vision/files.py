@@ -23,10 +23,12 @@ def replacing(path: Path) -> Iterator[Path]:
         yield fresh
         if not itself:
             os.replace(fresh, path)
-    except OSError as error:
+    except BaseException as error:
         if not itself:
             with contextlib.suppress(OSError):
                 fresh.unlink()
+        if not isinstance(error, OSError):
+            raise
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 

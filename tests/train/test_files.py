@@ -16,7 +16,7 @@ def test_a_file_is_as_it_was_until_it_is_whole(tmp_path):
     with pytest.raises(RuntimeError), replacing(path) as fresh:
         fresh.write_text("half")
         raise RuntimeError
-    assert path.read_bytes() == b"first\r\n"
+    assert path.read_bytes() == b"first\r\n" and os.listdir(tmp_path) == ["a.txt"]
     write_text(path, "second")
     assert path.read_text() == "second" and os.listdir(tmp_path) == ["a.txt"]
 
