@@ -135,7 +135,8 @@ def _curves(axes: Sequence[Axes], curves: list[Curve], rows: list[Row]) -> None:
     for axis, what in zip(axes, ("training loss", "held-out top-1, %"), strict=False):
         axis.set(xlabel="step", ylabel=what)
         axis.set_xlim(left=0)
-        axis.set_ylim(bottom=0)
+        if axis is not axes[0]:  # a loss begins nowhere near 0, and its differences are small
+            axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
 
