@@ -65,6 +65,9 @@ def main(argv: list[str] | None = None, prog: str = "metala-vision", command: st
         if str(stopped):
             print(f"{prog}: {stopped}", file=sys.stderr)
         return stopped.status
+    except BrokenPipeError:  # of `| head`; Python would complain once more as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print(f"\n{prog}: interrupted; checkpoints that were complete are kept", file=sys.stderr)
         return 130

@@ -18,7 +18,9 @@ def replacing(path: Path) -> Iterator[Path]:
         UserError: where it cannot be written.
     """
     itself = path.exists() and not path.is_file()
-    fresh = path if itself else path.with_name(f"{path.stem}.new{path.suffix}")
+    path = path if itself else path.resolve()  # a link stays one
+    # A name that is nobody's; pictures are written by their ending.
+    fresh = path if itself else path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield fresh
         if not itself:

@@ -242,6 +242,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+def code_version() -> str | None:
+    """The commit of this package's checkout, with a + where its code differs; None for none."""
+    commit = _git("rev-parse", "HEAD")
+    if commit is None:
+        return None
+    return commit.decode().strip() + ("+" if _git("diff", "HEAD", "--name-only") else "")
+
+
 def describe_environment(folder: Path, name: str, processes: int) -> None:
     """Write `name`, and a patch where tracked code differs from its commit."""
     commit = _git("rev-parse", "HEAD")

@@ -8,6 +8,7 @@ time is a cell of the table. What is measured is kept: a command that was stoppe
 import argparse
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -83,7 +84,8 @@ class ScalingConfig:
 class Grid:
     """What of a model is known without its weights.
 
-    patch: height and width in px; of a model without patches the stride of its last features.
+    patch: height and width in px of what the model begins with, where that is timm's PatchEmbed; of
+        another model the stride of its last features.
     """
 
     patch: tuple[int, int]
@@ -141,8 +143,8 @@ def scaling(config: ScalingConfig, output: Path) -> tuple[list[Measured], str]:
             divide, a folder that cannot be written. All before anything is measured.
     """
     config.check()
-    visits = _opened(output)
     machine, grids = _machine(config), {name: _grid(name, config) for name in config.models}
+    visits = _opened(output)
     done: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
 
     def tables() -> tuple[list[Measured], str]:
@@ -220,8 +222,8 @@ def _same(visit: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def _counts(visit: dict[str, Any], settings: dict[str, Any], turn: int, machine: Any) -> bool:
     """Whether a visit of a command before stands for one that is asked for now."""
-    if "error" in visit:
-        return False
+    if "error" in visit or ("full" in visit and visit.get("memory_limit") is None):
+        return False  # another time more may be free
     if "passes" in visit:  # within the limits, which then change nothing
         settings = settings | {key: visit.get(key) for key in ("limit", "memory_limit")}
     return _same(visit, {**settings, "round": turn, "machine": machine})
@@ -238,9 +240,11 @@ def _outcome(found: dict[str, Any]) -> str:
 
 def _machine(config: ScalingConfig) -> dict[str, Any]:
     """What times depend on besides the settings."""
+    import timm
     import torch
 
     from metala_vision._version import __version__
+    from metala_vision.run_folder import code_version
 
     on_gpu = torch.cuda.is_available()
     if config.mixed_precision == "fp16" and not on_gpu:
@@ -252,8 +256,11 @@ def _machine(config: ScalingConfig) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if on_gpu else name,
         "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
         "torch": torch.__version__,
+        "timm": timm.__version__,
         "metala_vision": __version__,
+        "code": code_version(),
     }
 
 
@@ -276,8 +283,10 @@ def _grid(name: str, asked: ScalingConfig) -> Grid:
     with torch.device("meta"):
         model: Any = create_model(config, 1000)
     parameters = sum(p.numel() for p in model.parameters())
-    patch: Any = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    if isinstance(patch, tuple) and max(patch) > 1:  # of a hybrid it is that of its features
+    ratio: Any = getattr(getattr(model, "patch_embed", None), "feat_ratio", None)
+    if ratio is not None:  # timm's PatchEmbed, and its hybrids with a CNN below
+        patch: Any = ratio(as_scalar=False)
+        patch = (patch, patch) if isinstance(patch, int) else (int(patch[0]), int(patch[1]))
         _check_sizes(asked.sizes, patch, f" of {name}")
         return Grid(patch, parameters)
     info: Any = getattr(model, "feature_info", None)
@@ -296,11 +305,13 @@ def _check_sizes(sizes: list[int], patch: tuple[int, int], whose: str) -> None:
 def _described(config: ScalingConfig, machine: dict[str, Any]) -> str:
     """How it was measured, as a line of the table."""
     precision = {"no": "float32"}.get(config.mixed_precision, config.mixed_precision)
+    limit = "what was free" if config.memory_limit is None else f"{config.memory_limit:g} GiB"
     threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
     return (
-        f"{machine['device']}, {threads}, torch {machine['torch']}, metala-vision "
-        f"{machine['metala_vision']}; batch {config.batch_size}, {precision}; {config.rounds} "
-        f"round{'s' * (config.rounds > 1)} of {config.seconds:g} s, allocator {config.allocator}."
+        f"{machine['device']}, {threads} of {machine['cores']} cores, torch {machine['torch']}, "
+        f"metala-vision {machine['metala_vision']}; batch {config.batch_size}, {precision}; {config.rounds} "
+        f"round{'s' * (config.rounds > 1)} of {config.seconds:g} s, allocator {config.allocator}, "
+        f"memory limit {limit}."
     )
 
 

@@ -138,7 +138,7 @@ def pass_seconds(
 def measure(point: Point, deadline: float) -> dict[str, Any]:
     """Times of passes in seconds a batch, and the MiB that a pass adds to weights and images.
 
-    On a CPU the time in which the main thread waited for a core is no part of a pass, but of
+    On a CPU, with one thread, the time in which it waited for a core is no part of a pass, but of
     "waited", which is all of it: on a busy machine it would be most of the noise. That other
     processes share caches and memory remains.
     """
@@ -186,7 +186,8 @@ def measure(point: Point, deadline: float) -> dict[str, Any]:
         if point.allocator == "keep":
             keep_freed_memory()
     passes = pass_seconds(step, point.seconds, deadline, second)
-    if on_gpu:
+    if on_gpu or torch.get_num_threads() > 1:
+        # The thread waits for its own helpers too, and what those wait is not counted.
         passes = [(wall, 0.0) for wall, _ in passes]
     return {
         "passes": [round(wall - lost, 9) for wall, lost in passes],

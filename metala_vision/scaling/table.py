@@ -81,6 +81,9 @@ def summary(
     if failed is not None and "error" in failed:
         row.state = "measured" if timed else "failed"
         row.error = failed["error"]
+    if failed is not None and timed:
+        why = f"{OVER} {failed['over']:g} s" if "over" in failed else "out of memory"
+        row.error = f"{row.error or why}, after {len(timed)} of its rounds"
     return row
 
 

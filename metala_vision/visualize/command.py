@@ -76,9 +76,16 @@ def draw(given: argparse.Namespace) -> Path:
     if given.out.suffix.lower() not in PICTURES:
         raise UserError(f"--out must end in one of {' '.join(PICTURES)}, got {given.out}")
     as_json = getattr(given, "json", None)
-    for path in (given.out, as_json):
-        if path is not None:
-            check_writable(path)
+    images = getattr(given, "image", None) or []
+    taken = {p.resolve(): "--image" for p in ([images] if isinstance(images, Path) else images)}
+    for flag, path in (("--out", given.out), ("--json", as_json)):
+        if path is None:
+            continue
+        if path.is_file() or not path.exists():  # not /dev/stdout
+            other = taken.setdefault(path.resolve(), flag)
+            if other != flag:
+                raise UserError(f"{flag} {path} is {other} too")
+        check_writable(path)
     if given.what == "scans":
         from .pictures import scan_orders
 
@@ -121,7 +128,9 @@ def _attention(given: argparse.Namespace) -> dict[str, Any]:
     described = [(given.model, calls, grid, prefix, token)]
     if given.compare_to is not None:
         other, other_cfg = _load(given.compare_to, given, ours=False)
-        (other_image,) = _read(files, other_cfg)
+        # The same part of the image for both, so that a token is at the same place.
+        crop = {key: cfg[key] for key in ("crop_pct", "crop_mode") if key in cfg}
+        (other_image,) = _read(files, {**other_cfg, **crop})
         found = record_attention(other, other_image.unsqueeze(0), given.compare_to)
         calls, other_grid, prefix = found
         # Where the middle of the first model's token lies
@@ -296,9 +305,11 @@ def _images(
         noise = torch.randn(given.max_images, *cfg["input_size"], generator=generator)
         count = f"{given.max_images} images" if given.max_images > 1 else "one image"
         return noise, f"{count} of {NOISE}"
-    images = torch.stack(_read(files[: given.max_images], cfg))
+    count = min(given.max_images, len(files))
+    spread = [files[i * len(files) // count] for i in range(count)]  # over all folders
+    images = torch.stack(_read(spread, cfg))
     if len(files) > len(images):
-        return images, f"the first {len(images)} of {len(files)} images"
+        return images, f"{len(images)} of {len(files)} images, evenly spread"
     return images, f"{len(images)} images" if len(images) > 1 else "one image"
 
 

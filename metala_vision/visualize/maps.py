@@ -170,8 +170,15 @@ def feature_map(model: nn.Module, images: Tensor, name: str = "the model") -> Te
 @torch.no_grad()
 def record(model: nn.Module, images: Tensor, name: str) -> tuple[list[Call], tuple[int, int]]:
     """All calls of one pass over images [B, C, height, width], and the grid of the last map."""
-    with recording(model) as calls:
-        found = feature_map(model, images, name)
+    unfused: list[Any] = [m for m in model.modules() if getattr(m, "fused_attn", None) is False]
+    for module in unfused:  # timm's: the same product, in one call that can be seen
+        module.fused_attn = True
+    try:
+        with recording(model) as calls:
+            found = feature_map(model, images, name)
+    finally:
+        for module in unfused:
+            module.fused_attn = False
     return calls, (found.shape[2], found.shape[3])
 
 
@@ -192,10 +199,14 @@ def record_attention(
             why = "its recurrence weighs each channel by itself"
         elif call.operator == PRODUCT:
             query, key = call.inputs["query"], call.inputs["key"]
-            if query.shape[2] != tokens or query.shape[:3] != key.shape[:3]:
+            own = query.shape[0] == len(images) and query.shape[2] == tokens  # or it is of windows
+            if not own or query.shape[:3] != key.shape[:3]:
                 why = f"layer {call.layer} attends otherwise than all of {tokens} tokens to all"
             elif call.inputs.get("attn_mask") is not None:
                 why = f"layer {call.layer} attends with a mask or a bias"
+    blocks = getattr(model, "blocks", ())
+    if calls and calls[0].grid is None and not why and len(calls) != len(blocks):
+        why = f"{len(calls)} of its layers attend so, and it has other ones"
     if why:
         raise UserError(f"{name} has no attention map per head: {why}; accepted: {ACCEPTED}")
     return calls, grid, 0 if calls[0].grid else prefix

@@ -72,7 +72,8 @@ def memory_lengths(model: nn.Module, images: Tensor, name: str) -> list[LayerMem
     of one token's decay alpha in one channel: after so many tokens of that decay, half is left of
     a state. RetNet's head h forgets at ln 2 / -log(1 - 2^(-5 - h)): 22 tokens, 44, 88. Quantiles
     are values that occur, not means of two: the p-quantile is the least half-life that a share p
-    does not exceed. Of a layer and pass with more than MOST values, every n-th token is taken.
+    does not exceed. Of a layer and pass with more than MOST values, tokens are drawn (seed 0):
+    every n-th would be some columns of the image.
 
     Args:
         images: [B, C, height, width], preprocessed. name: of the model, for errors.
@@ -80,6 +81,7 @@ def memory_lengths(model: nn.Module, images: Tensor, name: str) -> list[LayerMem
         UserError: naming the model, if it has no decay.
     """
     found: dict[tuple[int, int], list[tuple[Tensor, str]]] = {}
+    generator = torch.Generator().manual_seed(0)
     for image in images:
         with recording(model) as calls:
             model(image.unsqueeze(0))
@@ -90,9 +92,11 @@ def memory_lengths(model: nn.Module, images: Tensor, name: str) -> list[LayerMem
             if decays is None:
                 continue
             for d, own in enumerate(decays):
-                every = math.ceil(own.numel() * len(images) / MOST)
+                N = own.shape[1]
+                count = max(1, N // math.ceil(own.numel() * len(images) / MOST))
+                drawn = torch.randperm(N, generator=generator)[:count] if count < N else slice(None)
                 key = (call.layer, d)
-                of_image.setdefault(key, []).append(own[:, ::every].float())
+                of_image.setdefault(key, []).append(own[:, drawn].float())
                 direction[key] = _name(call.inputs["direction"], len(decays), d)
         for key, parts in of_image.items():  # the groups of channels of one layer
             found.setdefault(key, []).append((torch.cat(parts, 3), direction[key]))

@@ -21,6 +21,14 @@ def test_a_file_is_as_it_was_until_it_is_whole(tmp_path):
     assert path.read_text() == "second" and os.listdir(tmp_path) == ["a.txt"]
 
 
+def test_a_link_stays_one_and_a_neighbour_is_left_alone(tmp_path):
+    (tmp_path / "a.new.txt").write_text("mine")
+    (tmp_path / "a.txt").symlink_to(tmp_path / "b.txt")
+    write_text(tmp_path / "a.txt", "text")
+    assert (tmp_path / "b.txt").read_text() == "text" and (tmp_path / "a.txt").is_symlink()
+    assert (tmp_path / "a.new.txt").read_text() == "mine"
+
+
 def test_what_cannot_be_written_leaves_nothing(tmp_path):
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "none" / "a.txt", tmp_path / "folder"):

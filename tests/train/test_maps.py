@@ -248,6 +248,7 @@ def test_products_of_every_kind(given):
         ("resnet10t", "none of its layers is of that kind"),
         ("beit_base_patch16_224", "attends with a mask or a bias"),
         ("pvt_v2_b0", "attends otherwise than all of 4 tokens to all"),
+        ("fastvit_sa12", "2 of its layers attend so, and it has other ones"),
     ],
 )
 def test_what_has_no_map_is_refused(name, why):
@@ -262,6 +263,22 @@ def test_what_has_no_map_is_refused(name, why):
     assert error.value.line == error.value.args[0]
     assert error.value.line.startswith(f"{name} has no attention map per head: ")
     assert why in error.value.line and error.value.line.endswith(ACCEPTED)
+
+
+def test_windows_of_as_many_tokens_as_the_map_are_refused():
+    """davit_tiny's windows at 224 px, 7 x 7, are as large as its last map."""
+    model = timm.create_model("davit_tiny").eval()
+    with pytest.raises(UserError, match="attends otherwise than all of 49 tokens to all"):
+        record_attention(model, torch.randn(1, 3, 224, 224), "davit_tiny")
+
+
+def test_attention_that_timm_computes_in_parts_is_seen():
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=64).eval()
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    calls, grid, prefix = record_attention(model, torch.randn(1, 3, 64, 64), "vit")
+    assert len(calls) == 2 and grid == (4, 4) and prefix == 1
+    assert not any(block.attn.fused_attn for block in model.blocks)
 
 
 def test_every_family_is_tried_here():

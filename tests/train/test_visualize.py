@@ -133,7 +133,7 @@ def test_memory(images, tmp_path, capsys):
     )
     drawn(picture, 100)
     told = capsys.readouterr().out.splitlines()
-    assert numbers["images"] == "the first 2 of 3 images" and len(told) == 4
+    assert numbers["images"] == "2 of 3 images, evenly spread" and len(told) == 4
     expected = [math.log(2) / -math.log1p(-(2.0 ** (-5 - h))) for h in range(2)]
     for layer in numbers["layers"]:
         # As in test_memory.py
