@@ -309,9 +309,9 @@ def _described(config: ScalingConfig, machine: dict[str, Any]) -> str:
     threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
     return (
         f"{machine['device']}, {threads} of {machine['cores']} cores, torch {machine['torch']}, "
-        f"metala-vision {machine['metala_vision']}; batch {config.batch_size}, {precision}; {config.rounds} "
-        f"round{'s' * (config.rounds > 1)} of {config.seconds:g} s, allocator {config.allocator}, "
-        f"memory limit {limit}."
+        f"metala-vision {machine['metala_vision']}; batch {config.batch_size}, {precision}; "
+        f"{config.rounds} round{'s' * (config.rounds > 1)} of {config.seconds:g} s, "
+        f"allocator {config.allocator}, memory limit {limit}."
     )
 
 
