@@ -10,7 +10,7 @@ PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --
 
 quickstart: $(READY)  ## train on scikit-learn's digits, then compare the nano backbones on them
 	$(BIN)/python train_imagenet.py --config quickstart
-	$(BIN)/python -m metala_vision compare compare/quickstart --seconds 2
+	$(BIN)/python -m metala_vision compare compare/quickstart --seconds 1
 
 test: $(READY)  ## the fast tests
 	$(PARALLEL) -m "not slow and not launch and not export and not gpu and not interpreter and not aot"
