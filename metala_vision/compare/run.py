@@ -19,7 +19,7 @@ from metala_vision.errors import UserError, one_line
 from metala_vision.files import write_text
 from metala_vision.flops import count_flops
 from metala_vision.run_folder import CONFIG_FILE, RESULT_FILE, check_same
-from metala_vision.scaling import ScalingConfig, scaling
+from metala_vision.scaling import ScalingConfig, prepared, scaling
 from metala_vision.scaling.pictures import scaling_curves
 
 from .comparison import CompareConfig, check_matched, member_config
@@ -50,6 +50,9 @@ def compare(
         Stopped: by a signal; the runs are saved.
     """
     check_matched(comparison)
+    asked = _asked(comparison, seconds)
+    if asked is not None:
+        prepared(asked)  # a size that does not fit is told before days of training
     members, seeds = comparison.members, comparison.seeds
     which = [(i, seed) for i in range(len(members)) for seed in seeds]
     try:
@@ -79,28 +82,33 @@ def compare(
                 if row.top1 is not None:
                     _measure(sweep, row, config, output, seconds)
     write_tables(rows, output)
-    scaled = _scaled(comparison, rows, output, seconds) if seconds else None
+    asked = _asked(comparison, seconds, [row.name for row in rows if row.top1 is not None])
+    scaled = None if asked is None else _scaled(asked, output)
     write_report(comparison, rows, output, title, seconds, scaled)
     return rows
 
 
-def _scaled(
-    comparison: CompareConfig, rows: list[Row], output: Path, seconds: float
-) -> Scaled | None:
-    """How the models that were trained grow with resolution; those with arguments are left out."""
-    configs = [member_config(comparison, m, comparison.seeds[0]) for m in comparison.members]
-    models = [
-        config.model.model
-        for config, row in zip(configs, rows, strict=True)
-        if row.top1 is not None and not config.model.model_kwargs
+def _asked(
+    comparison: CompareConfig, seconds: float, names: Sequence[str] | None = None
+) -> ScalingConfig | None:
+    """What is timed over resolutions, if anything: the models of those members (None: of all),
+    without those that have arguments."""
+    configs = [
+        member_config(comparison, member, comparison.seeds[0])
+        for member in comparison.members
+        if names is None or member.name in names
     ]
-    if not comparison.sizes or not models:
+    models = [config.model.model for config in configs if not config.model.model_kwargs]
+    if not comparison.sizes or not seconds or not models:
         return None
-    asked = ScalingConfig(
-        models=list(dict.fromkeys(models)), sizes=comparison.sizes, seconds=seconds,
+    return ScalingConfig(
+        models=list(dict.fromkeys(models)), sizes=comparison.sizes, seconds=seconds, rounds=1,
         patch_size=configs[0].model.patch_size, mixed_precision=configs[0].run.mixed_precision,
-        rounds=1,
     )  # fmt: skip
+
+
+def _scaled(asked: ScalingConfig, output: Path) -> Scaled:
+    """How the models grow with resolution."""
     measured, text = scaling(asked, output / "scaling")
     picture = output / "scaling" / "scaling.svg"
     scaling_curves(measured, picture, None, stacked=True)
@@ -168,7 +176,7 @@ def _fill(comparison: CompareConfig, row: Row, i: int, results: dict[int, Result
     config = member_config(comparison, comparison.members[i], comparison.seeds[0]).model
     if not config.model_kwargs:
         row.published = PUBLISHED.get(row.model)
-    if row.gflops is None:
+    if len(results) == 1:  # once for each member
         size = tuple(first["input_size"])
         config.img_size = size[-1]
         try:

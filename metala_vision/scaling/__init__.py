@@ -1,6 +1,6 @@
 """`metala-vision scaling`: time and memory of a pass as the images grow."""
 
-from .command import ScalingConfig, add_arguments, run, scaling
+from .command import ScalingConfig, add_arguments, prepared, run, scaling
 from .table import Measured
 
-__all__ = ["Measured", "ScalingConfig", "add_arguments", "run", "scaling"]
+__all__ = ["Measured", "ScalingConfig", "add_arguments", "prepared", "run", "scaling"]

@@ -142,8 +142,7 @@ def scaling(config: ScalingConfig, output: Path) -> tuple[list[Measured], str]:
         UserError: for values that cannot be, an unknown model, a size that its patches do not
             divide, a folder that cannot be written. All before anything is measured.
     """
-    config.check()
-    machine, grids = _machine(config), {name: _grid(name, config) for name in config.models}
+    machine, grids = prepared(config)
     visits = _opened(output)
     done: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
 
@@ -183,6 +182,17 @@ def scaling(config: ScalingConfig, output: Path) -> tuple[list[Measured], str]:
     patches = {grids[name].patch for name in config.models}
     scaling_curves(measured, output / PICTURE_FILE, patches.pop() if len(patches) == 1 else None)
     return measured, text
+
+
+def prepared(config: ScalingConfig) -> tuple[dict[str, Any], dict[str, Grid]]:
+    """The machine, and each model's grid.
+
+    Raises:
+        UserError: for values that cannot be, an unknown model, a size that its patches do not
+            divide.
+    """
+    config.check()
+    return _machine(config), {name: _grid(name, config) for name in config.models}
 
 
 def measure(point: Point) -> dict[str, Any]:

@@ -238,7 +238,7 @@ def main() -> int:
         found = measure(point, deadline)
     except KeyboardInterrupt:
         return 130
-    except Exception as error:
+    except Exception as error:  # any model's, told as the cell of the table
         lift_memory_limit()
         text = " ".join(f"{type(error).__name__}: {error}".split())
         found = {"full": True} if is_full(text) else {"error": text.removeprefix("UserError: ")}

@@ -286,3 +286,12 @@ def test_gpus_are_counted_among_those_that_may_be_used(mask, gpus, found, monkey
     if mask is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mask)
     assert _devices(gpus) == found
+
+
+def test_a_size_that_does_not_fit_is_told_before_any_training(tmp_path, capsys):
+    overrides = {"model": {"img_size": 32, "patch_size": 8, "in_chans": 1}}
+    file = comparison(tmp_path, overrides=overrides, sizes=[64, 60])
+    assert main(["compare", str(file), "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "8x8 px, got 60" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
