@@ -114,6 +114,10 @@ def eval_command(argv: list[str], prog: str) -> int:
     parser.add_argument("--workers", type=int, default=4, help="[4]")
     parser.add_argument("--max-unreadable", type=float, default=0.001, help="[0.001]")
     parser.add_argument("--mixed-precision", choices=["no", "bf16", "fp16"], default="no")
+    parser.add_argument(
+        "--known-classes", action="store_true",
+        help="leave out the images of classes that the model was not trained on",
+    )  # fmt: skip
     parser.add_argument("--per-class", type=Path, metavar="FILE", help="a CSV file to write")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the figures as JSON")
     parser.add_argument("--model-kwargs", nargs="+", default=[], metavar="KEY=VALUE")

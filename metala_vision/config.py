@@ -28,6 +28,12 @@ def _range(pair: tuple[float, float]) -> tuple[float, float]:
     return pair
 
 
+def _places(pair: tuple[int, int]) -> tuple[int, int]:
+    if not 0 <= pair[0] < pair[1] - 1:
+        raise ValueError("a range of at least two classes needs 0 <= low < high - 1")
+    return pair
+
+
 def _channels(number: int) -> int:
     if number not in (1, 3):
         raise ValueError("1 (grey) and 3 (colour) are accepted")
@@ -51,6 +57,7 @@ DatasetName = Annotated[str, AfterValidator(_dataset)]
 Channels = Annotated[int, AfterValidator(_channels)]
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 Range = Annotated[tuple[float, float], AfterValidator(_range)]
+Places = Annotated[tuple[int, int], AfterValidator(_places)]
 Sides = Annotated[tuple[float, float], AfterValidator(_sides)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -155,6 +162,8 @@ class DataConfig(Section):
     """Hold out this fraction of each class where there is no val/."""
     split_seed: Seed = 0
     """Draws the held-out part; another seed of the run leaves it as it is."""
+    class_range: Places | None = None
+    """Only the classes from this place in the data's order up to, not with, that one: 0 150."""
     batch_size: PositiveInt = 256
     """Images of a batch on one process."""
     workers: NonNegativeInt = 4

@@ -103,10 +103,13 @@ def evaluation_transform(preprocessing: dict[str, Any]) -> tuple[Any, Any]:
     )  # fmt: skip
 
 
-def find_images(data_dir: Path, classes: list[str] | None) -> FolderSource:
+def find_images(
+    data_dir: Path, classes: list[str] | None, known_classes: bool = False
+) -> FolderSource:
     """The val/ of a folder, or the folder itself (as ImageNet-V2's), with the model's labels.
 
-    Folders named 0, 1, 2, ... are label numbers, as in ImageNet-V2.
+    Folders named 0, 1, 2, ... are label numbers, as in ImageNet-V2. With known_classes, those of
+    other classes are left out.
     """
     if not data_dir.is_dir():
         raise UserError(f"data folder {data_dir} does not exist")
@@ -119,7 +122,7 @@ def find_images(data_dir: Path, classes: list[str] | None) -> FolderSource:
     ):
         count = len(classes) if classes else max(map(int, folders)) + 1
         return FolderSource(root, [str(i) for i in range(count)])
-    return FolderSource(root, classes)
+    return FolderSource(root, classes, known_classes)
 
 
 def calibration_error(confidence: Tensor, right: Tensor) -> float:
@@ -180,6 +183,7 @@ def evaluate_checkpoint(
     max_unreadable: float = 0.001,
     mixed_precision: str = "no",
     per_class: Path | None = None,
+    known_classes: bool = False,
     model_kwargs: dict[str, Any] | None = None,
 ) -> Report:
     """Evaluate a checkpoint on a folder of classes.
@@ -189,6 +193,7 @@ def evaluate_checkpoint(
         data_dir: holds val/, or class folders itself.
         labels: a JSON file of several labels for each image (see ManyLabels).
         per_class: a CSV file to write: class, images, top1, top5.
+        known_classes: leave out the images of classes that the model was not trained on.
         model_kwargs: of timm.create_model.
     Raises:
         UserError: for what the user can mend.
@@ -201,7 +206,9 @@ def evaluate_checkpoint(
     model = load_model(checkpoint, **model_kwargs)
     preprocessing: dict[str, Any] = getattr(model, "pretrained_cfg", {})
     classes = preprocessing.get("label_names")
-    source = find_images(data_dir, classes)
+    if known_classes and classes is None:
+        raise UserError(f"--known-classes: {checkpoint} does not name its classes")
+    source = find_images(data_dir, classes, known_classes)
     outputs = int(getattr(model, "num_classes", len(source.classes)))
     numbered = source.classes == [str(i) for i in range(len(source.classes))]
     if classes is None and not numbered and len(source.classes) != outputs:
@@ -222,6 +229,8 @@ def evaluate_checkpoint(
     loader = DataLoader(data, batch_size=batch_size, sampler=order, num_workers=workers)
     say = print if accelerator.is_main_process else lambda line: None
     unreadable = Unreadable(source, indices, "evaluated", max_unreadable, say)
+    if source.skipped:
+        say(f"left out: {len(source.skipped)} classes that {checkpoint} was not trained on")
     model.to(accelerator.device)
     try:
         target, guesses, confidence, loss, rate = predict(model, loader, accelerator, unreadable)

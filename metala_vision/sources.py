@@ -67,18 +67,24 @@ class FolderSource:
     Args:
         root: holds one folder per class.
         classes: names that define the labels; None takes the folders in alphabetical order.
+        skip_unknown: leave out the folders that are not in `classes`, instead of refusing them;
+            `skipped` names them.
     Raises:
         UserError: no class folder, no image, a class without an image, or one not in `classes`.
     """
 
-    def __init__(self, root: Path, classes: list[str] | None = None) -> None:
+    def __init__(
+        self, root: Path, classes: list[str] | None = None, skip_unknown: bool = False
+    ) -> None:
         self.root = root
         folders = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != ".")
         if not folders:
             raise UserError(f"{root} has no class folders")
         unknown = sorted(set(folders) - set(classes or folders))
-        if unknown:
+        if unknown and not skip_unknown:
             raise UserError(f"{root} has class {unknown[0]!r}, which the training images lack")
+        self.skipped = unknown
+        folders = [name for name in folders if name not in set(unknown)]
         self.classes = classes or folders
         labels = {name: i for i, name in enumerate(self.classes)}
         self.samples = make_dataset(str(root), labels, IMG_EXTENSIONS, allow_empty=True)
@@ -101,6 +107,38 @@ class FolderSource:
     def key(self, index: int) -> str:
         # A million of them: pathlib takes seconds.
         return str(self.samples[index][0])[len(str(self.root)) + 1 :]
+
+
+class ClassRange:
+    """The images of some classes, those from `low` to `high` - 1, which get the labels from 0 on.
+
+    Raises:
+        UserError: where there are fewer classes, or no image of theirs.
+    """
+
+    def __init__(self, source: Source, low: int, high: int) -> None:
+        if high > len(source.classes):
+            raise UserError(
+                f"data.class_range={low} {high}: there are {len(source.classes)} classes"
+            )
+        self.source = source
+        self.classes = source.classes[low:high]
+        self.indices = [i for i, label in enumerate(source.targets) if low <= label < high]
+        self.targets = [source.targets[i] - low for i in self.indices]
+        if not self.indices:
+            raise UserError(f"data.class_range={low} {high}: no image of these classes")
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def image(self, index: int) -> Image.Image:
+        return self.source.image(self.indices[index])
+
+    def name(self, index: int) -> str:
+        return self.source.name(self.indices[index])
+
+    def key(self, index: int) -> str:
+        return self.source.key(self.indices[index])
 
 
 class DigitsSource:

@@ -15,7 +15,7 @@ from sklearn.model_selection import train_test_split
 from .archives import HubSource, read_shards, read_tar
 from .config import DataConfig
 from .errors import UserError, one_line
-from .sources import DigitsSource, FolderSource, Source, fingerprint
+from .sources import ClassRange, DigitsSource, FolderSource, Source, fingerprint
 
 DATA_VARIABLE = "METALA_VISION_DATA"
 VAL_NAMES = ("val", "validation")
@@ -51,6 +51,24 @@ def find_split(config: DataConfig) -> Split:
         UserError: a missing or empty folder, a single class, no held-out images, a class that
             only the held-out part has.
     """
+    split = _whole_split(config)
+    return split if config.class_range is None else _of_classes(split, *config.class_range)
+
+
+def _of_classes(split: Split, low: int, high: int) -> Split:
+    """The same parts, of some classes."""
+
+    def part(source: Source, indices: Sequence[int]) -> tuple[Source, Sequence[int]]:
+        own = ClassRange(source, low, high)
+        place = {index: i for i, index in enumerate(own.indices)}
+        return own, [place[i] for i in indices if i in place]
+
+    return Split(
+        split.root, *part(split.train, split.train_indices), *part(split.val, split.val_indices)
+    )
+
+
+def _whole_split(config: DataConfig) -> Split:
     if config.dataset in ("folder", "digits"):
         for key in ("input_key", "target_key"):
             if getattr(config, key) is not None:

@@ -54,6 +54,41 @@ def test_holding_out_a_fraction_of_each_class(own_digit_tree, flat):
     assert other.val_indices != split.val_indices
 
 
+@pytest.mark.parametrize("held_out", [False, True], ids=["val", "val-fraction"])
+def test_some_classes_are_those_images_with_labels_from_0(digit_tree, own_digit_tree, held_out):
+    root, fraction = digit_tree, None
+    if held_out:
+        shutil.rmtree(own_digit_tree / "val")
+        root, fraction = own_digit_tree, 0.25
+    whole = find_split(DataConfig(data_dir=root, val_fraction=fraction))
+    part = find_split(DataConfig(data_dir=root, val_fraction=fraction, class_range=(1, 3)))
+    assert part.train.classes == part.val.classes == ["digit1", "digit2"]
+    for source, indices, of_all, all_indices in (
+        (part.train, part.train_indices, whole.train, whole.train_indices),
+        (part.val, part.val_indices, whole.val, whole.val_indices),
+    ):
+        found = [(source.name(i), source.key(i), source.targets[i]) for i in indices]
+        assert found == [
+            (of_all.name(i), of_all.key(i), of_all.targets[i] - 1)
+            for i in all_indices
+            if of_all.targets[i] >= 1
+        ]
+        assert np.array_equal(source.image(indices[0]), of_all.image(source.indices[indices[0]]))
+    assert part.fingerprint != whole.fingerprint
+
+
+def test_some_classes_of_too_few_or_without_images(own_digit_tree):
+    with pytest.raises(UserError, match=r"data\.class_range=1 4: there are 3 classes"):
+        find_split(DataConfig(data_dir=own_digit_tree, class_range=(1, 4)))
+    for name in ("digit1", "digit2"):
+        shutil.rmtree(own_digit_tree / "val" / name)
+    with pytest.raises(UserError, match="no image of these classes"):
+        find_split(DataConfig(data_dir=own_digit_tree, class_range=(1, 3)))
+    for pair in ((1, 2), (-1, 3), (3, 1)):
+        with pytest.raises(ValueError, match="at least two classes"):
+            DataConfig(class_range=pair)
+
+
 def test_a_class_missing_in_val_keeps_the_labels(own_digit_tree):
     shutil.rmtree(own_digit_tree / "val" / "digit0")
     split = find_split(DataConfig(data_dir=own_digit_tree))

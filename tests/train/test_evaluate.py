@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from metala_vision.cli import main
+from metala_vision.errors import UserError
 from metala_vision.evaluate import calibration_error, evaluate_checkpoint
 from tests.conftest import SMALL_MODEL
 
@@ -65,6 +66,26 @@ def test_folders_of_label_numbers_as_in_imagenet_v2(checkpoint, digit_tree, tmp_
     for label in range(3):
         shutil.copytree(digit_tree / "val" / f"digit{label}", tmp_path / "v2" / str(label))
     assert evaluate_checkpoint(str(checkpoint), tmp_path / "v2", workers=0).top1 == expected.top1
+
+
+def test_images_of_other_classes_are_left_out(checkpoint, own_digit_tree, tmp_path, capsys):
+    before = evaluate_checkpoint(str(checkpoint), own_digit_tree, workers=0)
+    for name in ("aardvark", "zebra"):
+        shutil.copytree(own_digit_tree / "val" / "digit0", own_digit_tree / "val" / name)
+    with pytest.raises(UserError, match="has class 'aardvark', which the training images lack"):
+        evaluate_checkpoint(str(checkpoint), own_digit_tree, workers=0)
+    flags = ["eval", str(checkpoint), "--data-dir", str(own_digit_tree), "--workers", "0"]
+    assert main([*flags, "--known-classes"]) == 0
+    out = capsys.readouterr().out
+    assert f"left out: 2 classes that {checkpoint} was not trained on" in out
+    assert f"top-1 {before.top1:.2f} % on {before.images} images" in out
+    nameless = tmp_path / "nameless"
+    shutil.copytree(checkpoint, nameless)
+    written = json.loads((nameless / "config.json").read_text())
+    del written["pretrained_cfg"]["label_names"]
+    (nameless / "config.json").write_text(json.dumps(written))
+    with pytest.raises(UserError, match="nameless does not name its classes"):
+        evaluate_checkpoint(str(nameless), own_digit_tree, workers=0, known_classes=True)
 
 
 def test_any_of_several_labels_is_right_and_images_without_one_are_left_out(

@@ -24,7 +24,7 @@ def losses(name, folder) -> list[float]:
     config = load_config(name)
     config.data = config.data.model_copy(
         update={"dataset": "digits", "data_dir": None, "val_fraction": 0.02, "batch_size": 8,
-                "workers": 0}
+                "class_range": None, "workers": 0}
     )  # fmt: skip
     config.model.img_size = 32
     if name != "quickstart":

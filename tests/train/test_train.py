@@ -278,7 +278,7 @@ def test_every_key_is_tried_by_these_tests():
     tried |= {flag for flag in arguments("x", "y") if flag.startswith("--")}
     # Here, in test_data.py and test_archives.py:
     tried |= {"--output", "--val-fraction", "--split-seed", "--dataset", "--train-split"}
-    tried |= {"--val-split", "--input-key", "--target-key"}
+    tried |= {"--val-split", "--input-key", "--target-key", "--class-range"}
     # In test_resume.py and test_faults.py:
     tried |= {"--resume", "--checkpoint-minutes", "--checkpoint-hist", "--max-skipped"}
     keys = {key for section in SECTIONS.values() for key in section.model_fields}
