@@ -23,6 +23,7 @@ COMMANDS = {
     "bench": "measure loader, training step and evaluation of a configuration",
     "compare": "train several models under one recipe, as one table",
     "scaling": "measure time and memory of models as the images grow",
+    "weights": "list, download, verify and publish pretrained weights",
     "visualize": "draw scan orders, attention maps, receptive fields, memory",
 }
 
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None, prog: str = "metala-vision", command: st
         run = {
             "train": train_command, "eval": eval_command, "bench": bench_command,
             "compare": compare_command, "scaling": scaling_command,
-            "visualize": visualize_command,
+            "visualize": visualize_command, "weights": weights_command,
         }[command]  # fmt: skip
         return run(arguments, f"{prog} {command}")
     except ReportedError:  # by another process
@@ -254,6 +255,17 @@ def visualize_command(argv: list[str], prog: str) -> int:
         given.model_kwargs = _value("model_kwargs", given.model_kwargs)
     print(draw(given))
     return 0
+
+
+def weights_command(argv: list[str], prog: str) -> int:
+    """Weights; what is printed last is the result."""
+    from .publish.command import add_arguments, run
+
+    parser = _Parser(prog, description="Pretrained weights.", formatter_class=_Formatter)
+    add_arguments(parser)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*pin_memory.*")
+        return run(parser.parse_args(argv))
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):

@@ -34,6 +34,13 @@ class UnreadableImage(UserError):
     """An image file that cannot be decoded."""
 
 
+class WeightsError(UserError, RuntimeError):
+    """Pretrained weights that are not there, or are not what they should be.
+
+    A RuntimeError besides, as timm's are.
+    """
+
+
 class OwnError(UserError):
     """An error that one process of several has: it tells it itself."""
 

@@ -11,9 +11,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "metala_vision"
 # Each layer may import itself and those before it.
-ORDER = ("kernels", "layers", "models", "training")
+ORDER = ("kernels", "layers", "weights", "models", "training")
 # Beside the standard library and torch, what a layer may use.
-LIBRARIES = {"kernels": set(), "layers": {"timm"}, "models": {"timm"}}
+DOWNLOADS = {"filelock", "huggingface_hub", "pydantic", "safetensors", "tqdm", "typing_extensions"}
+LIBRARIES = {"kernels": set(), "layers": {"timm"}, "weights": DOWNLOADS, "models": {"timm"}}
+LEAVES = ("_version", "errors")  # that import nothing of ours
 
 
 def modules():
@@ -30,9 +32,9 @@ def modules():
 
 
 def layer(module):
-    """The layer of a dotted name; None for the package itself, which only registers models."""
+    """The layer of a dotted name; None for the leaves, and the package, which registers models."""
     parts = module.split(".")
-    if len(parts) == 1 or parts[1] == "_version":
+    if len(parts) == 1 or parts[1] in LEAVES:
         return None
     return parts[1] if parts[1] in ORDER else "training"
 
@@ -81,6 +83,9 @@ def violations(source, module, is_package=False):
 def test_imports_go_one_way():
     found = modules()
     assert len(found) > 15
+    for name in LEAVES:
+        names = imports(found[f"{PACKAGE}.{name}"].read_text(), f"{PACKAGE}.{name}", False)
+        assert {top.split(".")[0] for top in names} <= sys.stdlib_module_names, name
     for module, path in found.items():
         bad = violations(path.read_text(), module, path.name == "__init__.py")
         assert not bad, f"{module} imports {bad}"
@@ -99,6 +104,9 @@ def test_imports_go_one_way():
         ("metala_vision.models.x", "from metala_vision.train import train"),
         ("metala_vision.models.x", "def f():\n    from metala_vision import data"),
         ("metala_vision.models.x", "import accelerate"),
+        ("metala_vision.layers.x", "from metala_vision import weights"),
+        ("metala_vision.weights.x", "from metala_vision.models import list_models"),
+        ("metala_vision.weights.x", "import timm"),
     ],
 )
 def test_the_order_is_noticed_when_broken(module, source):

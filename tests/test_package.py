@@ -39,7 +39,9 @@ def test_the_wheel_holds_every_module_and_configuration_once(wheel):
         for path in (ROOT / folder).rglob("*"):
             relative = path.relative_to(ROOT / folder).as_posix()
             through_link = folder == "metala_vision" and relative.startswith(("kernels", "configs"))
-            if path.suffix in (".py", ".yaml", ".html") and not through_link:
+            held = path.suffix in (".py", ".yaml", ".html") or relative.startswith("weights/")
+            hidden = path.is_dir() or "__pycache__" in path.parts or path.name.startswith(".")
+            if held and not through_link and not hidden:
                 expected.add(f"metala_vision/{inside}{relative}")
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if ".dist-info/" not in name]

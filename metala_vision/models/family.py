@@ -4,7 +4,10 @@ from typing import Any, TypeVar
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg
+from timm.models import generate_default_cfgs as timm_default_cfgs
 from torch import nn
+
+from .pretrained import CLASSIFIER, FIRST_CONV, use_weights, with_weights
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -31,14 +34,21 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
 
 
 def build(model_cls: type[Model], variant: str, pretrained: bool, **kwargs) -> Model:
-    """A registered model, by timm's builder; with features_only, from four blocks."""
+    """A registered model, by timm's builder; with features_only, from four blocks.
+
+    Raises:
+        WeightsError: pretrained, and the weights are nowhere, or not what they should be.
+    """
+    filter_fn = checkpoint_filter_fn
+    if pretrained:
+        filter_fn = use_weights(variant, kwargs) or checkpoint_filter_fn
     depth = kwargs.get("depth", 12)
     quarters = tuple(sorted({max(1, depth * i // 4) - 1 for i in (1, 2, 3, 4)}))
     return build_model_with_cfg(  # pyright: ignore[reportReturnType]
         model_cls,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=filter_fn,
         feature_cfg={
             "out_indices": quarters,
             "feature_cls": "getter",
@@ -60,13 +70,18 @@ def cfg(paper_name: str, paper_ids: str, size: int = 224, patch: int = 16, **kwa
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head.fc",
+        "first_conv": FIRST_CONV,
+        "classifier": CLASSIFIER,
         "license": "apache-2.0",
         "paper_name": paper_name,
         "paper_ids": paper_ids,
         **kwargs,
     }
+
+
+def generate_default_cfgs(cfgs: dict[str, Any]) -> dict[str, Any]:
+    """timm's registry of a family; models that have weights stand in it under their tags."""
+    return timm_default_cfgs(with_weights(cfgs))
 
 
 def four_sizes(name: str, paper_name: str, paper_ids: str) -> dict[str, Any]:

@@ -7,13 +7,13 @@ of 14 pixels.
 
 from functools import partial
 
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 from torch import Tensor
 
 from metala_vision.layers import BoundedBlock, HGRNMixer, LowerBounds
 
 from .backbone import Backbone
-from .family import BASE, NANO, SMALL, TINY, build, four_sizes
+from .family import BASE, NANO, SMALL, TINY, build, four_sizes, generate_default_cfgs
 
 
 class HGRN(Backbone):

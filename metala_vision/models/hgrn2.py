@@ -6,13 +6,13 @@ equations; its vision model was not released.
 
 from functools import partial
 
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 from torch import Tensor
 
 from metala_vision.layers import BoundedBlock, HGRN2Mixer, LowerBounds
 
 from .backbone import Backbone
-from .family import BASE, NANO, SMALL, TINY, build, four_sizes
+from .family import BASE, NANO, SMALL, TINY, build, four_sizes, generate_default_cfgs
 
 
 class HGRN2(Backbone):

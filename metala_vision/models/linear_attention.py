@@ -7,12 +7,12 @@ equations.
 
 from functools import partial
 
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 
 from metala_vision.layers import LinearAttentionMixer
 
 from .backbone import Backbone
-from .family import BASE, NANO, SMALL, TINY, build, four_sizes
+from .family import BASE, NANO, SMALL, TINY, build, four_sizes, generate_default_cfgs
 
 
 class LinearAttention(Backbone):

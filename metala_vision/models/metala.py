@@ -8,12 +8,12 @@ counts, 6.1M and 23.7M.
 
 from functools import partial
 
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 
 from metala_vision.layers import MetaLAMixer
 
 from .backbone import Backbone
-from .family import BASE, NANO, SMALL, TINY, build, cfg, four_sizes
+from .family import BASE, NANO, SMALL, TINY, build, cfg, four_sizes, generate_default_cfgs
 
 
 class MetaLA(Backbone):

@@ -7,12 +7,12 @@ https://arxiv.org/abs/2307.14995. No vision model was published. Written from th
 
 from functools import partial
 
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 
 from metala_vision.layers import RetNetMixer
 
 from .backbone import Backbone
-from .family import BASE, NANO, SMALL, TINY, build, four_sizes
+from .family import BASE, NANO, SMALL, TINY, build, four_sizes, generate_default_cfgs
 
 
 class RetNet(Backbone):

@@ -1,0 +1,1 @@
+"""`metala-vision weights`: list, download, verify and publish pretrained weights."""

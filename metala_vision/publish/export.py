@@ -1,0 +1,275 @@
+"""A run as published weights: safetensors, config.json and card, in a folder that timm reads."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+from filelock import FileLock
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from timm.data import ImageNetInfo
+from timm.models import get_model_args
+from timm.models._hub import save_config_for_hf
+from torch import Tensor, nn
+
+from metala_vision.checkpoint import CONFIG_FILE, MODEL_FILE, load_state, load_weights, verify
+from metala_vision.config_file import load_config
+from metala_vision.errors import UserError, WeightsError, one_line
+from metala_vision.evaluate import evaluate_checkpoint, load_model
+from metala_vision.files import write_text
+from metala_vision.run_folder import METRICS_FILE, read_metrics
+from metala_vision.weights.check import sha256_of
+from metala_vision.weights.manifest import (
+    MANIFEST_FILE,
+    TAG,
+    Entry,
+    Manifest,
+    Metrics,
+    as_json,
+    read_manifest,
+)
+
+from .card import as_card
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Arguments that weights do not depend on, or that timm adapts them to.
+FREE_ARGUMENTS = {"num_classes", "in_chans", "global_pool", "img_size", "drop_rate",
+                  "drop_path_rate", "pretrained"}  # fmt: skip
+LOG_FILES = ("config.yaml", METRICS_FILE, "curve.png")
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What is published, and how.
+
+    Attributes:
+        run: a run's folder. out: the folder to write; with a tag, out/MODEL.TAG and out's manifest.
+        tag: of METALA_VISION_WEIGHTS, METALA_VISION_HUB and timm.create_model("MODEL.TAG").
+        checkpoint: "last" or "best". ema: False takes the weights themselves where the run averaged
+            them. dtype: of the file.
+        license: in the Hub's words. terms: in the user's. dataset, recipe: None are the run's.
+        data_dir: evaluate the file on its held-out images. workers: that decode them.
+        replace: write over a publication that is there.
+    """
+
+    run: Path
+    out: Path
+    license: str
+    tag: str | None = None
+    checkpoint: str = "last"
+    ema: bool = True
+    dtype: str = "float32"
+    terms: str | None = None
+    dataset: str | None = None
+    recipe: str | None = None
+    data_dir: Path | None = None
+    workers: int = 4
+    replace: bool = False
+
+
+def publish(wanted: Publication) -> tuple[Path, Entry]:
+    """Write the folder, whole or not at all; the folder, and what its manifest says.
+
+    Raises:
+        UserError: for no run, a damaged checkpoint, values that are not finite, a folder that is
+            there, arguments that a tag cannot hold, no room.
+    """
+    model, weights, facts = _read(wanted)
+    architecture = str(model.pretrained_cfg["architecture"])  # pyright: ignore
+    name = architecture if wanted.tag is None else f"{architecture}.{wanted.tag}"
+    if wanted.tag is not None:
+        _check_tag(name, architecture, model)
+    folder = wanted.out if wanted.tag is None else wanted.out / name
+    if folder.exists() and not wanted.replace and any(folder.iterdir()):
+        raise UserError(f"{folder} is there already; --replace writes over it")
+    with _fresh(folder) as fresh:
+        _write_weights(fresh, model, weights, wanted.dtype)
+        entry = _entry(wanted, fresh, model, facts)
+        _write_config(fresh, model, entry, wanted.tag)
+        if wanted.data_dir is not None:
+            entry = _evaluated(wanted, fresh, entry)
+            facts["exact"] = True
+        facts["files"] = _write_log(wanted.run, fresh, facts["step"])
+        write_text(fresh / "README.md", as_card(name, entry, facts, facts["environments"]))
+        if wanted.tag is not None:
+            write_text(fresh / MANIFEST_FILE, as_json(Manifest(weights={name: entry})))
+    if wanted.tag is not None:
+        entry = entry.model_copy(update={"file": f"{name}/{MODEL_FILE}"})
+        _add_to_manifest(wanted.out, name, entry)
+    return folder, entry
+
+
+def _read(wanted: Publication) -> tuple[nn.Module, dict[str, Tensor], dict[str, Any]]:
+    """The model with the run's weights, the weights, and what the card tells."""
+    run, checkpoint = wanted.run, wanted.run / wanted.checkpoint
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is no run: config.yaml is missing")
+    if not checkpoint.is_dir():
+        raise UserError(f"{run} has no checkpoint {wanted.checkpoint!r} yet")
+    verify(checkpoint)
+    config, state = load_config(str(run / "config.yaml")), load_state(checkpoint)
+    model = load_model(str(checkpoint))
+    weights = load_weights(checkpoint)
+    if not wanted.ema:
+        if not config.optim.model_ema:
+            raise UserError(f"--no-ema: the run in {run} averages no weights")
+        weights = {name: x.contiguous() for name, x in state["model"].items()}
+    metrics = read_metrics(run)
+    steps = [x for x in metrics if x["event"] == "train" and x["step"] <= state["step"]]
+    scored = [x for x in metrics if x["event"] == "eval" and x["step"] == state["step"]]
+    names = sorted(run.glob("environment*.json"), key=lambda p: (len(p.name), p.name))
+    facts = {
+        "config": config, "model": config.model.model, "dtype": wanted.dtype,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "step": state["step"], "finished": (run / "result.json").is_file(),
+        "epochs": max((x["epoch"] for x in steps), default=0.0),
+        "hours": state["seconds"] / 3600, "ema": config.optim.model_ema and wanted.ema,
+        # The average is what a run evaluates.
+        "scored": scored[-1] if scored and (wanted.ema or not config.optim.model_ema) else None,
+        "exact": wanted.dtype == "float32",
+        "environments": [json.loads(path.read_text(encoding="utf-8")) for path in names],
+    }  # fmt: skip
+    return model, weights, facts
+
+
+def _check_tag(name: str, architecture: str, model: nn.Module) -> None:
+    if not TAG.fullmatch(name):
+        tag = name.partition(".")[2]
+        raise UserError(f"--tag {tag!r}: small letters, digits and _ are accepted")
+    plain = get_model_args(timm.create_model(architecture))
+    own = get_model_args(model)
+    changed = sorted(
+        key
+        for key in (plain.keys() | own.keys()) - FREE_ARGUMENTS
+        if own.get(key, plain.get(key)) != plain.get(key, own.get(key)) or key not in plain
+    )
+    if changed:
+        raise UserError(
+            f"--tag: the run's {architecture} has other {', '.join(changed)}, which a tag cannot "
+            "hold; without --tag the folder says so, and local-dir: and hf-hub: read it"
+        )
+
+
+@contextlib.contextmanager
+def _fresh(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder`, which becomes it unless something fails."""
+    fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    try:
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        yield fresh
+        if folder.exists():
+            folder.rename(old)
+        fresh.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        if not isinstance(error, (OSError, SafetensorError)):
+            raise
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise UserError(f"cannot write {folder}: {reason}") from error
+
+
+def _write_weights(
+    folder: Path, model: nn.Module, weights: dict[str, Tensor], dtype: str
+) -> None:  # fmt: skip
+    own = {name for name, _ in model.state_dict().items()}
+    if own != weights.keys():
+        raise WeightsError(f"the checkpoint lacks or adds {min(own ^ weights.keys())}")
+    for name, x in weights.items():
+        rounded = x.to(DTYPES[dtype])
+        if not bool(rounded.isfinite().all()):
+            what = "is not finite" if not bool(x.isfinite().all()) else f"is too large for {dtype}"
+            raise UserError(f"{name} {what}; it is not published")
+    rounded = {name: x.to(DTYPES[dtype]).contiguous() for name, x in weights.items()}
+    save_file(rounded, folder / MODEL_FILE, metadata={"format": "pt"})
+
+
+def _entry(wanted: Publication, folder: Path, model: nn.Module, facts: dict[str, Any]) -> Entry:
+    cfg: Any = model.pretrained_cfg
+    names = cfg.get("label_names")
+    config, scored, path = facts["config"], facts["scored"], folder / MODEL_FILE
+    where = config.data.data_dir.name if config.data.data_dir else config.data.dataset
+    preprocessing = {
+        key: cfg[key]
+        for key in ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
+    }
+    return Entry(
+        file=MODEL_FILE, size=path.stat().st_size, sha256=sha256_of(path),
+        dataset=wanted.dataset or where, recipe=wanted.recipe or _recipe(facts),
+        license=wanted.license, terms=wanted.terms, num_classes=int(cfg["num_classes"]),
+        metrics=scored and Metrics(**{key: scored[key] for key in ("top1", "top5", "images")}),
+        preprocessing=preprocessing,  # pyright: ignore[reportArgumentType]
+        label_names=names, label_descriptions=_descriptions(names),
+    )  # fmt: skip
+
+
+def _recipe(facts: dict[str, Any]) -> str:
+    """The configuration that the command named."""
+    command = facts["environments"][0]["command"]
+    named = command[command.index("--config") + 1 :][:1] if "--config" in command else []
+    return Path(named[0]).name if named and os.path.isabs(named[0]) else "".join(named) or "flags"
+
+
+def _descriptions(names: list[str] | None) -> dict[str, str] | None:
+    """For people, where the labels are WordNet's, as ImageNet's are."""
+    info, found = ImageNetInfo(), {}
+    for name in names or ():
+        with contextlib.suppress(KeyError):
+            found[name] = info.label_name_to_description(name)
+    return found or None
+
+
+def _write_config(folder: Path, model: nn.Module, entry: Entry, tag: str | None) -> None:
+    labels = {"label_names": entry.label_names, "label_descriptions": entry.label_descriptions}
+    save_config_for_hf(
+        model, str(folder / CONFIG_FILE),
+        model_config={
+            **{key: value for key, value in labels.items() if value},
+            "pretrained_cfg": {"license": entry.license, **({"tag": tag} if tag else {})},
+        },
+        data_config=entry.preprocessing.model_dump(),
+    )  # fmt: skip
+
+
+def _evaluated(wanted: Publication, folder: Path, entry: Entry) -> Entry:
+    assert wanted.data_dir is not None
+    report = evaluate_checkpoint(
+        str(folder), wanted.data_dir, workers=wanted.workers,
+        known_classes=entry.label_names is not None,
+    )  # fmt: skip
+    metrics = {"top1": report.top1, "top5": report.top5, "images": report.images}
+    return Entry.model_validate({**entry.model_dump(), "metrics": metrics})
+
+
+def _write_log(run: Path, folder: Path, step: int) -> list[str]:
+    """Configuration, metrics and curve, without the places of this machine; their names."""
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    config["data"]["data_dir"], config["run"]["output"] = None, "runs"
+    write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    metrics = (line for line in read_metrics(run) if line["event"] in ("train", "eval"))
+    kept = [line for line in metrics if line["step"] <= step]
+    write_text(folder / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in kept))
+    if (run / "curve.png").is_file():
+        shutil.copyfile(run / "curve.png", folder / "curve.png")
+    return [name for name in LOG_FILES if (folder / name).is_file()]
+
+
+def _add_to_manifest(out: Path, name: str, entry: Entry) -> None:
+    """In the order of the names; one process at a time."""
+    path = out / MANIFEST_FILE
+    with FileLock(out / f".{MANIFEST_FILE}.lock"):
+        before = read_manifest(path) if path.is_file() else Manifest()
+        every = {**before.weights, name: entry}
+        write_text(path, as_json(Manifest(weights=dict(sorted(every.items())))))
