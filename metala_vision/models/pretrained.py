@@ -69,7 +69,7 @@ def use_weights(variant: str, kwargs: dict[str, Any]) -> Callable | None:
     cfg |= {"tag": tag.partition(".")[2], "file": str(found.path), "hf_hub_id": None}
     kwargs["pretrained_cfg"] = None
     kwargs["pretrained_cfg_overlay"] = {**cfg, **overlay}
-    return _fitting(tag, cfg["input_size"][0])
+    return _fitting(tag, cfg["input_size"][0], cfg["num_classes"])
 
 
 def resolve_tag(name: str, cache_dir: str | Path | None = None) -> str:
@@ -110,37 +110,35 @@ def missing(tag: str) -> WeightsError:
     )
 
 
-def _fitting(tag: str, in_chans: int) -> Callable:
+def _fitting(tag: str, in_chans: int, num_classes: int) -> Callable:
     """A filter for timm's builder: patches resampled to the model's, everything else in place.
 
     It raises WeightsError for a tensor that is missing, unknown or of another shape: timm lets any
     be missing as soon as the number of classes differs.
 
     Args:
-        tag: of the weights. in_chans: of the weights.
+        tag, in_chans, num_classes: of the weights.
     """
+    first, head = f"{FIRST_CONV}.weight", (f"{CLASSIFIER}.weight", f"{CLASSIFIER}.bias")
 
     def apply(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-        own = {name: tuple(x.shape) for name, x in model.state_dict().items()}
-        name = f"{FIRST_CONV}.weight"
-        if name in state and state[name].ndim == 4:
-            size = list(own[name][2:])
-            if list(state[name].shape[2:]) != size:
-                state[name] = resample_patch_embed(state[name].float(), size)
-        heads = (f"{CLASSIFIER}.weight", f"{CLASSIFIER}.bias")
-        for key in sorted(own.keys() | state.keys()):
-            if key in heads and (key not in own or key in state):
-                continue  # timm takes or leaves it, by the number of classes
+        shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+        # timm adapts the channels, and takes or leaves the head.
+        shapes[first] = (shapes[first][0], in_chans, *shapes[first][2:])
+        width = int(model.num_features)  # pyright: ignore[reportArgumentType]
+        shapes |= {head[0]: (num_classes, width), head[1]: (num_classes,)}
+        if first in state and state[first].ndim == 4:
+            # In full precision: timm sums channels in the type that it finds.
+            state[first] = resample_patch_embed(state[first].float(), list(shapes[first][2:]))
+        for key in sorted(shapes.keys() | state.keys()):
             if key not in state:
                 raise WeightsError(f"the weights {tag} lack {key} of this model")
-            if key not in own:
+            if key not in shapes:
                 raise WeightsError(f"the weights {tag} hold {key}, which this model lacks")
-            shape = tuple(state[key].shape)
-            if key == name and shape[:1] == own[key][:1] and shape[1:2] == (in_chans,):
-                continue  # timm adapts the channels
-            if shape != own[key]:
+            if tuple(state[key].shape) != shapes[key]:
                 raise WeightsError(
-                    f"the weights {tag} do not fit: {key} is {shape}, the model's {own[key]}"
+                    f"the weights {tag} do not fit: {key} is {tuple(state[key].shape)}, not "
+                    f"{shapes[key]}"
                 )
         return state
 

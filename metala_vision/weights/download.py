@@ -127,7 +127,7 @@ def _fill(url: str, part: Path, entry: Entry) -> None:
                         raise WeightsError(
                             f"{url} has {total:,} bytes, its manifest says {entry.size:,}"
                         )
-                    while block := answer.read(BLOCK):
+                    while block := answer.read1(BLOCK):  # what is there: a stall loses nothing
                         if have + len(block) > entry.size:
                             file.truncate(0)
                             raise WeightsError(

@@ -1,0 +1,131 @@
+"""Servers on this machine: of plain files, and one that answers as the Hub does. Both can fail."""
+
+import contextlib
+import hashlib
+import re
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Fault:
+    """What a request meets; `status` answers with it, the others send part of the file.
+
+    cut: close the connection behind so many bytes of the answer. stall: send nothing more behind
+    so many. whole: answer a range with the whole file. claim: another length in the header.
+    tail: bytes behind the file.
+    """
+
+    def __init__(self, status=None, cut=None, stall=None, whole=False, claim=None, tail=b""):
+        self.status, self.cut, self.stall = status, cut, stall
+        self.whole, self.claim, self.tail = whole, claim, tail
+
+
+class Server(ThreadingHTTPServer):
+    """Files by path; `fault(path, number)` says what the n-th request of a file meets, or None.
+
+    `lies` are bodies that are sent instead of files; `requests` are (method, path, first byte) of
+    all; `hub` answers as the Hub.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, files: dict[str, bytes], hub: bool = False):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.files, self.hub = files, hub
+        self.lies: dict[str, bytes] = {}
+        self.fault: Callable[[str, int], Fault | None] = lambda path, number: None
+        self.requests: list[tuple[str, str, int]] = []
+        self.end = threading.Event()
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def gets(self, path: str) -> list[int]:
+        """First bytes that were asked for."""
+        return [start for method, asked, start in self.requests if (method, asked) == ("GET", path)]
+
+    def handle_error(self, request, client_address):
+        pass  # a client that goes away
+
+
+@contextlib.contextmanager
+def serving(files: dict[str, bytes], hub: bool = False) -> Iterator[Server]:
+    """A server for the block."""
+    server = Server(files, hub)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.end.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Server  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def log_message(self, format, *args):
+        pass
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, body):
+        path = self.path.partition("?")[0]
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        start = int(asked[1]) if asked else 0
+        with self.server.lock:
+            self.server.requests.append((self.command, path, start))
+            number = sum(method == "GET" and p == path for method, p, _ in self.server.requests)
+        fault = (self.server.fault(path, number) if body else None) or Fault()
+        content = self.server.files.get(path)
+        if fault.status or content is None:
+            return self.refuse(fault.status or 404, path)
+        whole = self.server.lies.get(path, content) + fault.tail
+        if fault.whole:
+            start = 0
+        if start >= len(whole):
+            return self.refuse(416, path)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(fault.claim or len(whole) - start))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(whole) - 1}/{len(whole)}")
+        if self.server.hub:
+            self.hub_headers(content)
+        self.end_headers()
+        if not body:
+            return
+        for stop in (fault.cut, fault.stall):
+            if stop is not None:
+                whole = whole[: start + stop]
+        with contextlib.suppress(OSError):
+            self.wfile.write(whole[start:])
+            self.wfile.flush()
+        if fault.stall is not None:
+            self.server.end.wait()
+        self.close_connection = True
+
+    def refuse(self, status, path):
+        self.send_response(status)
+        if self.server.hub and status == 404:
+            repository = "/".join(path.split("/")[:3])
+            known = any(name.startswith(f"{repository}/") for name in self.server.files)
+            self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def hub_headers(self, content):
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("Accept-Ranges", "bytes")
