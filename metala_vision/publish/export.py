@@ -144,17 +144,22 @@ def _check_tag(name: str, architecture: str, model: nn.Module) -> None:
     if not TAG.fullmatch(name):
         tag = name.partition(".")[2]
         raise UserError(f"--tag {tag!r}: small letters, digits and _ are accepted")
-    plain = get_model_args(timm.create_model(architecture))
     own = get_model_args(model)
-    changed = sorted(
-        key
-        for key in (plain.keys() | own.keys()) - FREE_ARGUMENTS
-        if own.get(key, plain.get(key)) != plain.get(key, own.get(key)) or key not in plain
-    )
-    if changed:
+    free = {key: value for key, value in own.items() if key in FREE_ARGUMENTS}
+    size: Any = model.pretrained_cfg["input_size"]  # pyright: ignore
+    images = torch.randn((1, *size), generator=torch.Generator().manual_seed(0))
+    plain = timm.create_model(architecture, **free).eval()
+    try:
+        plain.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            same = torch.allclose(plain(images), model(images), rtol=1e-4, atol=1e-5)
+    except RuntimeError:  # other names, other shapes
+        same = False
+    if not same:
+        changed = ", ".join(sorted(own.keys() - FREE_ARGUMENTS)) or "weights"
         raise UserError(
-            f"--tag: the run's {architecture} has other {', '.join(changed)}, which a tag cannot "
-            "hold; without --tag the folder says so, and local-dir: and hf-hub: read it"
+            f"--tag: the run's {architecture} has its own {changed}, which a tag cannot hold; "
+            "without --tag the folder says so, and local-dir: and hf-hub: read it"
         )
 
 

@@ -24,5 +24,7 @@ def push(folder: Path, repository: str, private: bool = False) -> str:
         )  # fmt: skip
     except Exception as error:  # of the Hub, of the network: its own and others
         reason = one_line(error) or type(error).__name__
+        if error.__cause__ is not None:
+            reason += f" ({one_line(error.__cause__) or type(error.__cause__).__name__})"
         raise UserError(f"cannot publish {repository}: {reason[:300]}") from error
     return str(done.commit_url).split("/commit/")[0]

@@ -1,12 +1,16 @@
 """Servers on this machine: of plain files, and one that answers as the Hub does. Both can fail."""
 
+import base64
 import contextlib
 import hashlib
+import json
 import re
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TypeVar
 
+AnyServer = TypeVar("AnyServer", bound="Server")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -54,9 +58,8 @@ class Server(ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def serving(files: dict[str, bytes], hub: bool = False) -> Iterator[Server]:
-    """A server for the block."""
-    server = Server(files, hub)
+def serving(server: AnyServer) -> Iterator[AnyServer]:
+    """The server, for the block."""
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
@@ -129,3 +132,81 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
         self.send_header("Accept-Ranges", "bytes")
+
+
+class Uploads(Server):
+    """The Hub's other side, by the protocol of git-lfs: what is pushed lies in `files` afterwards.
+
+    `allowed` False refuses the token. `committed` are (repository, path) in order.
+    """
+
+    def __init__(self):
+        super().__init__({}, hub=True)
+        self.RequestHandlerClass = _Receiver
+        self.allowed, self.objects = True, {}
+        self.committed: list[tuple[str, str]] = []
+
+
+class _Receiver(_Handler):
+    server: Uploads  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def do_POST(self):
+        text = self.rfile.read(int(self.headers["Content-Length"]))
+        if not self.server.allowed:
+            return self.refuse(401, self.path)
+        if self.path.endswith("/commit/main"):
+            return self.commit([json.loads(line) for line in text.splitlines()])
+        asked = json.loads(text)
+        if self.path == "/api/repos/create":
+            name = f"{asked['organization']}/{asked['name']}"
+            return self.tell({"url": f"{self.server.url}/{name}", "name": name, "id": name})
+        if self.path == "/api/validate-yaml":
+            return self.tell({"errors": [], "warnings": []})
+        if self.path.endswith("/preupload/main"):
+            modes = {True: "lfs", False: "regular"}
+            return self.tell({"files": [
+                {"path": x["path"], "uploadMode": modes[x["path"].endswith(".safetensors")],
+                 "shouldIgnore": False} for x in asked["files"]
+            ]})  # fmt: skip
+        assert self.path.endswith("/info/lfs/objects/batch"), self.path
+        self.tell({"transfer": "basic", "objects": [
+            {**x, "actions": {"upload": {"href": f"{self.server.url}/lfs/{x['oid']}"}}}
+            for x in asked["objects"]
+        ]})  # fmt: skip
+
+    def do_PUT(self):
+        if "Content-Length" in self.headers:
+            content = self.rfile.read(int(self.headers["Content-Length"]))
+        else:  # in chunks
+            content = b""
+            while size := int(self.rfile.readline(), 16):
+                content += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+        self.server.objects[self.path.rpartition("/")[2]] = content
+        self.tell({})
+
+    def commit(self, lines):
+        name = self.path.removeprefix("/api/models/").removesuffix("/commit/main")
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                content = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                content = self.server.objects[value["oid"]]
+            else:
+                continue
+            self.server.files[f"/{name}/resolve/main/{value['path']}"] = content
+            self.server.committed.append((name, value["path"]))
+        self.tell({
+            "commitUrl": f"{self.server.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT,
+            "hookOutput": "",
+        })  # fmt: skip
+
+    def tell(self, values):
+        text = json.dumps(values).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)

@@ -8,7 +8,7 @@ import torch
 from metala_vision.weights import download, source
 
 from ._base import FILES, NAME, repository, written
-from ._server import serving
+from ._server import Server, serving
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def base(tmp_path, monkeypatch):
 
 @pytest.fixture
 def server(monkeypatch):
-    with serving({f"/below{name}": content for name, content in FILES.items()}) as running:
+    with serving(Server({f"/below{name}": content for name, content in FILES.items()})) as running:
         monkeypatch.setenv(source.WEIGHTS_VARIABLE, f"{running.url}/below/")
         yield running
 
@@ -40,7 +40,7 @@ def hub(tmp_path, monkeypatch):
     """A server that answers as the Hub does, where huggingface_hub looks for it."""
     from huggingface_hub import constants
 
-    with serving(repository(FILES, NAME), hub=True) as running:
+    with serving(Server(repository(FILES, NAME), hub=True)) as running:
         template = f"{running.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr(constants, "ENDPOINT", running.url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)

@@ -16,7 +16,7 @@ from metala_vision.weights import download
 from metala_vision.weights.download import Unreachable, fetch, fetch_text
 from metala_vision.weights.manifest import Entry
 
-from ._server import Fault, serving
+from ._server import Fault, Server, serving
 
 SIZE = 300_007  # no multiple of a block
 CONTENT = np.random.default_rng(0).bytes(SIZE)
@@ -38,7 +38,7 @@ ENTRY = entry_of(CONTENT)
 
 @pytest.fixture
 def server():
-    with serving({FILE: CONTENT, "/text": b"words"}) as running:
+    with serving(Server({FILE: CONTENT, "/text": b"words"})) as running:
         yield running
 
 
