@@ -88,6 +88,8 @@ def load_model(checkpoint: str, pretrained: bool = True, **kwargs: Any) -> nn.Mo
         raise UserError(f"{folder} is no checkpoint: it holds {held}, but no config.json")
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs).eval()
+    except UserError:
+        raise
     except Exception as error:  # whatever reading weights may raise
         reason = one_line(error) or type(error).__name__
         raise UserError(f"cannot load {checkpoint}: {reason}") from error
@@ -205,7 +207,8 @@ def evaluate_checkpoint(
         raise UserError(f"--model-kwargs takes no {min(refused)}: images are as in training")
     model = load_model(checkpoint, **model_kwargs)
     preprocessing: dict[str, Any] = getattr(model, "pretrained_cfg", {})
-    classes = preprocessing.get("label_names")
+    names = preprocessing.get("label_names")
+    classes = None if names is None else list(names)
     if known_classes and classes is None:
         raise UserError(f"--known-classes: {checkpoint} does not name its classes")
     source = find_images(data_dir, classes, known_classes)

@@ -199,6 +199,7 @@ def _write_weights(
             raise UserError(f"{name} {what}; it is not published")
     rounded = {name: x.to(DTYPES[dtype]).contiguous() for name, x in weights.items()}
     save_file(rounded, folder / MODEL_FILE, metadata={"format": "pt"})
+    (folder / MODEL_FILE).chmod(0o644)  # safetensors lets nobody else read
 
 
 def _entry(wanted: Publication, folder: Path, model: nn.Module, facts: dict[str, Any]) -> Entry:
