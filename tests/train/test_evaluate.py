@@ -137,7 +137,7 @@ MISTAKES = [
     (["CHECKPOINT", "--model-kwargs", "in_chans=1"], "--model-kwargs takes no in_chans: images"),
     (["UNNAMED"], "UNNAMED does not name its 5 classes, and "),
     (["CHECKPOINT", "--data-dir", "OTHER"], "OTHER/val has class 'cat', which the training images"),
-    (["metala_nano", "--model-kwargs", "num_classes=3"], "cannot load metala_nano: "),
+    (["lru_nano", "--model-kwargs", "num_classes=3"], "no weights for lru_nano in this package"),
 ]
 
 

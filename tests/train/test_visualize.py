@@ -174,8 +174,7 @@ PHOTO = ["--image", "{images}/colour.png"]
         (["memory", "x", "--json", "no/such/x"], "cannot write no/such/x: No such file"),
         (["memory", "x", "--json", "/sys"], "cannot write /sys: Is a directory"),
         (["memory", "metala_nan"], "no timm model; did you mean metala_nano?"),
-        (["memory", "metala_nano"], "No pretrained weights exist for metala_nano. Use "
-         "`pretrained=False` for random init.; --untrained takes the weights it starts with"),
+        (["memory", "lru_nano"], "no weights for lru_nano in this package; METALA_VISION_WEIGHTS"),
         (["memory", "{images}"], "is no checkpoint: it holds colour.png, grey.png, rgba.png, but"),
         (["memory", "{checkpoint}", "--untrained"], "--untrained takes a timm name, got"),
         (["memory", "{checkpoint}"], "has no decay, and so no half-life; accepted: models of Me"),

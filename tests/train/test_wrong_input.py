@@ -230,7 +230,7 @@ RECIPE_MISTAKES = [
     ),
     (
         ["--distill-teacher", "metala_nano", "--distill-kwargs", "pretrained=false"],
-        "the teacher metala_nano knows 1000 classes, the student 3",
+        "the teacher metala_nano knows 200 classes, the student 3",
     ),
     (["--distill-teacher", "local-dir:nowhere"], "cannot build the teacher local-dir:nowhere: "),
     (
