@@ -123,7 +123,7 @@ def find_images(
         and not set(folders) & set(classes or ())
     ):
         count = len(classes) if classes else max(map(int, folders)) + 1
-        return FolderSource(root, [str(i) for i in range(count)])
+        return FolderSource(root, [str(i) for i in range(count)], known_classes)
     return FolderSource(root, classes, known_classes)
 
 

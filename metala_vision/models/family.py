@@ -7,7 +7,14 @@ from timm.models import build_model_with_cfg
 from timm.models import generate_default_cfgs as timm_default_cfgs
 from torch import nn
 
-from .pretrained import CLASSIFIER, FIRST_CONV, use_weights, with_weights
+from .pretrained import (
+    CLASSIFIER,
+    FIRST_CONV,
+    as_untrained,
+    checkpoint_filter_fn,
+    use_weights,
+    with_weights,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -20,19 +27,6 @@ SMALL: dict[str, Any] = {"embed_dim": 384, "depth": 12, "num_heads": 6}
 BASE: dict[str, Any] = {"embed_dim": 768, "depth": 12, "num_heads": 12}
 
 
-def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
-    """The weights of a checkpoint under our names: unwrapped, without the prefixes of wrappers."""
-    for key in ("state_dict", "model"):
-        if isinstance(state_dict.get(key), dict):
-            state_dict = state_dict[key]
-    cleaned = {}
-    for name, value in state_dict.items():
-        while name.startswith(("module.", "_orig_mod.")):
-            name = name.partition(".")[2]
-        cleaned[name] = value
-    return cleaned
-
-
 def build(model_cls: type[Model], variant: str, pretrained: bool, **kwargs) -> Model:
     """A registered model, by timm's builder; with features_only, from four blocks.
 
@@ -42,6 +36,8 @@ def build(model_cls: type[Model], variant: str, pretrained: bool, **kwargs) -> M
     filter_fn = checkpoint_filter_fn
     if pretrained:
         filter_fn = use_weights(variant, kwargs) or checkpoint_filter_fn
+    else:
+        as_untrained(kwargs)
     depth = kwargs.get("depth", 12)
     quarters = tuple(sorted({max(1, depth * i // 4) - 1 for i in (1, 2, 3, 4)}))
     return build_model_with_cfg(  # pyright: ignore[reportReturnType]

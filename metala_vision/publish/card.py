@@ -1,23 +1,35 @@
 """The model card of published weights: what they are, how good, how they came to be."""
 
 import os
+import re
 from typing import Any
 
 import yaml
 
+from metala_vision.errors import one_line
 from metala_vision.weights.manifest import Entry
 
 
-def without_paths(command: list[str]) -> str:
-    """A command line, in which what names a place on this machine is DIR."""
+def without_path(word: str) -> str:
+    """The word, or DIR where it names a place on this machine; `local-dir:` and `--flag=` stay."""
+    if re.match(r"[A-Za-z]:[\\/]", word):
+        return "DIR"
+    head, mark, tail = word.rpartition("=" if word.startswith("-") else ":")
+    if mark and "//" not in word:
+        return f"{head}{mark}{without_path(tail)}"
+    place = os.path.expanduser(word)
+    if os.path.isabs(place) or ".." in re.split(r"[\\/]", place):
+        return "DIR"
+    return "DIR" if word.startswith(("~", "./")) else word
 
-    def own(word: str) -> str:
-        flag, equals, value = word.partition("=")
-        if equals and os.path.isabs(os.path.expanduser(value)):
-            return f"{flag}=DIR"
-        return "DIR" if os.path.isabs(os.path.expanduser(word)) else word
 
-    return " ".join(own(word) for word in command)
+def scrubbed(values: Any) -> Any:
+    """The same without the places of this machine, in lists and dictionaries too."""
+    if isinstance(values, dict):
+        return {key: scrubbed(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [scrubbed(value) for value in values]
+    return without_path(values) if isinstance(values, str) else values
 
 
 def as_card(
@@ -27,8 +39,8 @@ def as_card(
 
     Args:
         name: of the weights.
-        facts: model, parameters, dtype, step, finished, epochs, hours, ema, exact (whether the
-            metrics are of the file itself) and files (that lie beside it).
+        facts: model, parameters, dtype, step, finished, epochs, hours, ema, as (whose the metrics
+            are) and files (that lie beside it).
         environments: of the run's start, and of each time it was resumed.
     """
     front: dict[str, Any] = {
@@ -47,10 +59,10 @@ def as_card(
     devices = first["gpus"] or [f"{first['cpu_cores']} CPU cores"]
     versions = ", ".join(f"{k} {v}" for k, v in first["versions"].items() if v)
     channels, height, width = entry.preprocessing.input_size
-    of = "of this file" if facts["exact"] else f"of the run, before rounding to {facts['dtype']}"
     metrics = entry.metrics
     quality = "not evaluated" if metrics is None else (
-        f"{metrics.top1:.2f} %, {metrics.top5:.2f} % on {metrics.images:,} held-out images, {of}"
+        f"{metrics.top1:.2f} %, {metrics.top5:.2f} % on {metrics.images:,} held-out images, "
+        + facts["as"]
     )  # fmt: skip
     rows = [
         ("model", f"{facts['model']}, {facts['parameters']:,} parameters"),
@@ -63,7 +75,7 @@ def as_card(
                     + (", averaged over the steps" if facts["ema"] else "")),
         ("sha256", f"`{entry.sha256}`"),
         ("recipe", f"{entry.recipe}; resolved in `config.yaml`"),
-        ("command", f"`{without_paths(first['command'])}`"),
+        ("command", f"`{' '.join(scrubbed(first['command']))}`"),
         ("commit", ", then ".join(commits)),
         ("machine", f"{', '.join(devices)}, {first['processes']} process(es), "
                     f"{first['torch_threads']} thread(s) each; {first['platform']}"),
@@ -71,7 +83,8 @@ def as_card(
         ("log", ", ".join(f"`{name}`" for name in facts["files"])),
         ("license", entry.license + (f": {entry.terms}" if entry.terms else "")),
     ]  # fmt: skip
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows)
+    cells = [(key, one_line(value).replace("|", "\\|")) for key, value in rows]
+    table = "\n".join(f"| {key} | {value} |" for key, value in cells)
     model = name if "." in name else "local-dir:FOLDER"
     return f"""---
 {yaml.safe_dump(front, sort_keys=False)}---

@@ -1,4 +1,4 @@
-"""`metala-vision weights list|download|verify|publish`."""
+"""`metala-vision weights list|download|verify|publish|push`."""
 
 import argparse
 import os
@@ -8,7 +8,7 @@ from typing import Any
 import timm
 
 from metala_vision import models
-from metala_vision.errors import UserError, nearest
+from metala_vision.errors import UserError, WeightsError, nearest
 from metala_vision.models.pretrained import missing, resolve_tag
 from metala_vision.weights import locate, shipped
 from metala_vision.weights.manifest import Entry
@@ -23,12 +23,12 @@ from metala_vision.weights.source import (
 )
 
 from .export import DTYPES, Publication, publish
-from .push import push
+from .push import check_name, push, tag_of
 from .verify import as_line, verify_folder, verify_tag
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of each of the four."""
+    """Of each of the five."""
     kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     kinds.add_parser("list", help="the tags that there are, and where").set_defaults(run=_list)
 
@@ -60,9 +60,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--data-dir", type=Path, help="evaluate the file on its val/ for the card")
     out.add_argument("--workers", type=int, default=4, help="for that evaluation [4]")
     out.add_argument("--replace", action="store_true", help="write over what is there")
-    out.add_argument("--push", metavar="NAMESPACE/NAME", help="upload it to the Hub")
+    out.add_argument("--push", metavar="NAMESPACE/NAME", help="upload it to the Hub; with a tag "
+                     "NAME is MODEL.TAG")  # fmt: skip
     out.add_argument("--private", action="store_true", help="a repository of the Hub that is new")
     out.set_defaults(run=_publish)
+
+    again = kinds.add_parser("push", help="upload a published folder to the Hub")
+    again.add_argument("folder", type=Path, metavar="FOLDER")
+    again.add_argument("repository", metavar="NAMESPACE/NAME")
+    again.add_argument("--private", action="store_true", help="a repository of the Hub that is new")
+    again.set_defaults(run=_push)
 
 
 def run(given: argparse.Namespace) -> int:
@@ -75,7 +82,12 @@ def _list(given: argparse.Namespace) -> int:
     base, namespace = configured_base(), configured_namespace()
     for name, entry in shipped().weights.items():
         rows.append(_row(name, entry, "ships" if (HERE / entry.file).is_file() else "not here"))
-    for name, entry in (base_manifest(base).weights if base else {}).items():
+    fault, theirs = None, {}
+    try:
+        theirs = base_manifest(base).weights if base else {}
+    except WeightsError as error:
+        fault = error
+    for name, entry in theirs.items():
         if name not in shipped().weights:
             kept = cached_file(name, entry).is_file()
             rows.append(_row(name, entry, f"{base}{', downloaded' if kept else ''}"))
@@ -87,6 +99,8 @@ def _list(given: argparse.Namespace) -> int:
         print(f"{WEIGHTS_VARIABLE} names a folder or an http(s) address that has more")
     where = f"{namespace}/MODEL.TAG" if namespace else f"set by {HUB_VARIABLE}"
     print(f"repositories of the Hub: {where}")
+    if fault is not None:
+        raise fault
     return 0
 
 
@@ -139,11 +153,20 @@ def _publish(given: argparse.Namespace) -> int:
         raise UserError(f"--workers needs 0 or more, got {given.workers}")
     if given.private and not given.push:
         raise UserError("--private has no effect without --push")
+    if given.push:
+        check_name(None, given.push)
     wanted = {key: getattr(given, key) for key in Publication.__dataclass_fields__ if key != "run"}
     folder, entry = publish(Publication(run=given.folder, **wanted))
     if given.push:
+        check_name(tag_of(folder), given.push)
         print(push(folder, given.push, given.private))
     if entry.metrics is not None:
         print(f"top-1 {entry.metrics.top1:.2f} % on {entry.metrics.images:,} images")
     print(f"{folder}  {entry.size:,} bytes, sha256 {entry.sha256}")
+    return 0
+
+
+def _push(given: argparse.Namespace) -> int:
+    check_name(tag_of(given.folder), given.repository)
+    print(push(given.folder, given.repository, given.private))
     return 0

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,13 +36,14 @@ from metala_vision.weights.manifest import (
     read_manifest,
 )
 
-from .card import as_card
+from .card import as_card, scrubbed, without_path
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Arguments that weights do not depend on, or that timm adapts them to.
 FREE_ARGUMENTS = {"num_classes", "in_chans", "global_pool", "img_size", "drop_rate",
                   "drop_path_rate", "pretrained"}  # fmt: skip
 LOG_FILES = ("config.yaml", METRICS_FILE, "curve.png")
+PUBLISHED = {MODEL_FILE, CONFIG_FILE, MANIFEST_FILE, "README.md", *LOG_FILES}
 
 
 @dataclass(frozen=True)
@@ -82,29 +82,91 @@ def publish(wanted: Publication) -> tuple[Path, Entry]:
         UserError: for no run, a damaged checkpoint, values that are not finite, a folder that is
             there, arguments that a tag cannot hold, no room.
     """
+    out = wanted.out.resolve()
+    if wanted.license == "other" and not wanted.terms:
+        raise UserError("--license other needs --terms")
     model, weights, facts = _read(wanted)
     architecture = str(model.pretrained_cfg["architecture"])  # pyright: ignore
     name = architecture if wanted.tag is None else f"{architecture}.{wanted.tag}"
     if wanted.tag is not None:
         _check_tag(name, architecture, model)
-    folder = wanted.out if wanted.tag is None else wanted.out / name
-    if folder.exists() and not wanted.replace and any(folder.iterdir()):
-        raise UserError(f"{folder} is there already; --replace writes over it")
-    with _fresh(folder) as fresh:
-        _write_weights(fresh, model, weights, wanted.dtype)
-        entry = _entry(wanted, fresh, model, facts)
-        _write_config(fresh, model, entry, wanted.tag)
-        if wanted.data_dir is not None:
-            entry = _evaluated(wanted, fresh, entry)
-            facts["exact"] = True
-        facts["files"] = _write_log(wanted.run, fresh, facts["step"])
-        write_text(fresh / "README.md", as_card(name, entry, facts, facts["environments"]))
-        if wanted.tag is not None:
-            write_text(fresh / MANIFEST_FILE, as_json(Manifest(weights={name: entry})))
+    folder = out if wanted.tag is None else out / name
+    _check_place(folder, wanted.replace)
     if wanted.tag is not None:
-        entry = entry.model_copy(update={"file": f"{name}/{MODEL_FILE}"})
-        _add_to_manifest(wanted.out, name, entry)
-    return folder, entry
+        _read_manifest(out)
+    fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        entry = _write(wanted, fresh, name, model, weights, facts)
+        if wanted.tag is None:
+            _put(fresh, folder, wanted.replace)
+            return wanted.out, entry
+        with FileLock(out / f".{MANIFEST_FILE}.lock"):
+            manifest = _read_manifest(out)
+            _put(fresh, folder, wanted.replace)
+            entry = entry.model_copy(update={"file": f"{name}/{MODEL_FILE}"})
+            every = {**manifest.weights, name: entry}
+            write_text(out / MANIFEST_FILE, as_json(Manifest(weights=dict(sorted(every.items())))))
+        return wanted.out / name, entry
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise UserError(f"cannot write {folder}: {reason}") from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _check_place(folder: Path, replace: bool) -> None:
+    """A folder that is there is replaced if asked, and if it holds nothing but a publication."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder")
+    held = {p.name for p in folder.iterdir()}
+    if held and not replace:
+        raise UserError(f"{folder} is there already; --replace writes over it")
+    if foreign := sorted(held - PUBLISHED):
+        raise UserError(
+            f"{folder} holds {foreign[0]}, which no publication has: it is not replaced"
+        )
+
+
+def _read_manifest(out: Path) -> Manifest:
+    path = out / MANIFEST_FILE
+    return read_manifest(path) if path.is_file() else Manifest()
+
+
+def _put(fresh: Path, folder: Path, replace: bool) -> None:
+    """Give the new folder its name; what had it is dropped behind that."""
+    _check_place(folder, replace)
+    old = fresh.with_name(f"{fresh.name}.old")
+    if folder.exists():
+        folder.rename(old)
+    try:
+        fresh.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write(
+    wanted: Publication, folder: Path, name: str, model: nn.Module, weights: dict[str, Tensor],
+    facts: dict[str, Any],
+) -> Entry:  # fmt: skip
+    """All files of a publication."""
+    _write_weights(folder, model, weights, wanted.dtype)
+    entry = _entry(wanted, folder, model, facts)
+    _write_config(folder, model, entry, wanted.tag)
+    if wanted.data_dir is not None:
+        entry = _evaluated(wanted, folder, entry)
+        facts["as"] = "of this file"
+    facts["files"] = _write_log(wanted.run, folder, facts["step"])
+    write_text(folder / "README.md", as_card(name, entry, facts, facts["environments"]))
+    if wanted.tag is not None:
+        write_text(folder / MANIFEST_FILE, as_json(Manifest(weights={name: entry})))
+    return entry
 
 
 def _read(wanted: Publication) -> tuple[nn.Module, dict[str, Tensor], dict[str, Any]]:
@@ -126,6 +188,8 @@ def _read(wanted: Publication) -> tuple[nn.Module, dict[str, Tensor], dict[str, 
     steps = [x for x in metrics if x["event"] == "train" and x["step"] <= state["step"]]
     scored = [x for x in metrics if x["event"] == "eval" and x["step"] == state["step"]]
     names = sorted(run.glob("environment*.json"), key=lambda p: (len(p.name), p.name))
+    if not names:
+        raise UserError(f"{run} is no run: environment.json is missing")
     facts = {
         "config": config, "model": config.model.model, "dtype": wanted.dtype,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -134,10 +198,18 @@ def _read(wanted: Publication) -> tuple[nn.Module, dict[str, Tensor], dict[str, 
         "hours": state["seconds"] / 3600, "ema": config.optim.model_ema and wanted.ema,
         # The average is what a run evaluates.
         "scored": scored[-1] if scored and (wanted.ema or not config.optim.model_ema) else None,
-        "exact": wanted.dtype == "float32",
+        "as": _precision(wanted.dtype, config.run.mixed_precision),
         "environments": [json.loads(path.read_text(encoding="utf-8")) for path in names],
     }  # fmt: skip
     return model, weights, facts
+
+
+def _precision(dtype: str, mixed_precision: str) -> str:
+    """Whose the run's figures are."""
+    if dtype == "float32" and mixed_precision == "no":
+        return "of this file"
+    mixed = "" if mixed_precision == "no" else f", in {mixed_precision}"
+    return f"of the run{mixed}" + ("" if dtype == "float32" else f", before rounding to {dtype}")
 
 
 def _check_tag(name: str, architecture: str, model: nn.Module) -> None:
@@ -161,29 +233,6 @@ def _check_tag(name: str, architecture: str, model: nn.Module) -> None:
             f"--tag: the run's {architecture} has its own {changed}, which a tag cannot hold; "
             "without --tag the folder says so, and local-dir: and hf-hub: read it"
         )
-
-
-@contextlib.contextmanager
-def _fresh(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder`, which becomes it unless something fails."""
-    fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    try:
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(parents=True)
-        yield fresh
-        if folder.exists():
-            folder.rename(old)
-        fresh.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException as error:
-        shutil.rmtree(fresh, ignore_errors=True)
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        if not isinstance(error, (OSError, SafetensorError)):
-            raise
-        reason = getattr(error, "strerror", None) or one_line(error)
-        raise UserError(f"cannot write {folder}: {reason}") from error
 
 
 def _write_weights(
@@ -223,9 +272,9 @@ def _entry(wanted: Publication, folder: Path, model: nn.Module, facts: dict[str,
 
 def _recipe(facts: dict[str, Any]) -> str:
     """The configuration that the command named."""
-    command = facts["environments"][0]["command"]
-    named = command[command.index("--config") + 1 :][:1] if "--config" in command else []
-    return Path(named[0]).name if named and os.path.isabs(named[0]) else "".join(named) or "flags"
+    command = [part for word in facts["environments"][0]["command"] for part in word.split("=", 1)]
+    named = command[command.index("--config") + 1] if "--config" in command[:-1] else "flags"
+    return Path(named).name if without_path(named) != named else named
 
 
 def _descriptions(names: list[str] | None) -> dict[str, str] | None:
@@ -260,22 +309,14 @@ def _evaluated(wanted: Publication, folder: Path, entry: Entry) -> Entry:
 
 
 def _write_log(run: Path, folder: Path, step: int) -> list[str]:
-    """Configuration, metrics and curve, without the places of this machine; their names."""
+    """Configuration, metrics and curve, without the places of this machine; the files' names."""
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    config["data"]["data_dir"], config["run"]["output"] = None, "runs"
-    write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    config["run"] |= {"output": "runs", "run_dir": None, "resume": None}
+    config["data"]["data_dir"] = None
+    write_text(folder / "config.yaml", yaml.safe_dump(scrubbed(config), sort_keys=False))
     metrics = (line for line in read_metrics(run) if line["event"] in ("train", "eval"))
     kept = [line for line in metrics if line["step"] <= step]
     write_text(folder / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in kept))
     if (run / "curve.png").is_file():
         shutil.copyfile(run / "curve.png", folder / "curve.png")
     return [name for name in LOG_FILES if (folder / name).is_file()]
-
-
-def _add_to_manifest(out: Path, name: str, entry: Entry) -> None:
-    """In the order of the names; one process at a time."""
-    path = out / MANIFEST_FILE
-    with FileLock(out / f".{MANIFEST_FILE}.lock"):
-        before = read_manifest(path) if path.is_file() else Manifest()
-        every = {**before.weights, name: entry}
-        write_text(path, as_json(Manifest(weights=dict(sorted(every.items())))))

@@ -6,7 +6,8 @@ import timm
 import torch
 
 from metala_vision.errors import UserError, WeightsError, one_line
-from metala_vision.weights import check_file, check_tensors, locate
+from metala_vision.models import list_models
+from metala_vision.weights import check_entry, check_file, locate
 from metala_vision.weights.manifest import MANIFEST_FILE, Entry, read_manifest
 
 
@@ -32,10 +33,12 @@ def verify_folder(folder: Path) -> list[tuple[str, Entry]]:
     manifest = read_manifest(folder / MANIFEST_FILE)
     for name, entry in manifest.weights.items():
         path = folder / entry.file
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise WeightsError(f"{path} leads out of {folder}")
         check_file(path, entry)
-        check_tensors(path)
+        check_entry(path, entry)
         architecture = name.partition(".")[0]
-        if not timm.is_model(architecture):
+        if architecture not in list_models():
             raise WeightsError(f"{name}: this version has no model {architecture}")
         overlay = {"file": str(path), "num_classes": entry.num_classes,
                    "input_size": entry.preprocessing.input_size}  # fmt: skip

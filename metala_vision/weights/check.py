@@ -9,6 +9,7 @@ from metala_vision.errors import WeightsError, one_line
 
 from .manifest import Entry
 
+FIRST, HEAD = "patch_embed.proj.weight", "head.fc.weight"  # of every model of ours
 LARGEST_HEADER = 2**24  # bytes; a thousand tensors take 100 kB
 DTYPES = ("F16", "BF16", "F32", "F64")
 
@@ -33,6 +34,21 @@ def check_file(path: Path, entry: Entry) -> None:
         raise WeightsError(f"cannot read {path}: {error.strerror}") from error
     if found != entry.sha256:
         raise WeightsError(f"{path} has sha256 {found}, the manifest says {entry.sha256}")
+
+
+def check_entry(path: Path, entry: Entry) -> None:
+    """Raises WeightsError unless the file holds floats, and what its manifest says of the model's
+    two ends: nothing is allocated for a number that a manifest has made up."""
+    shapes = check_tensors(path)
+    channels = shapes.get(FIRST, (0, 0))[1:2]
+    outputs = shapes.get(HEAD, (0,))[:1]
+    for what, found, told in (
+        ("channels", channels, entry.preprocessing.input_size[0]),
+        ("classes", outputs, entry.num_classes),
+    ):
+        if found != (told,):
+            have = found[0] if found else 0
+            raise WeightsError(f"{path} has {have} {what}, the manifest says {told}")
 
 
 def check_tensors(path: Path) -> dict[str, tuple[int, ...]]:

@@ -17,7 +17,7 @@ from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from metala_vision._version import __version__
@@ -27,6 +27,7 @@ from .check import check_file
 from .manifest import Entry
 
 TRIES = 3  # in a row that bring nothing
+LOCK_WAIT = 1800  # seconds
 WAIT = 0.5  # seconds before the second, then twice as long
 BLOCK = 2**16
 LARGEST_TEXT = 2**24  # bytes of a manifest
@@ -45,7 +46,9 @@ def fetch_text(url: str) -> bytes:
     for last in _tries():
         try:
             with _open(url, 0) as answer:
-                text = answer.read(LARGEST_TEXT + 1)
+                text = b""
+                while len(text) <= LARGEST_TEXT and (block := _next(answer)):
+                    text += block
             length = answer.headers.get("Content-Length")
             if len(text) > LARGEST_TEXT:
                 raise WeightsError(f"{url} has more than {LARGEST_TEXT:,} bytes")
@@ -71,7 +74,7 @@ def fetch(url: str, path: Path, entry: Entry) -> Path:
     part = path.with_name(f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f"{path.name}.lock")):
+        with FileLock(path.with_name(f"{path.name}.lock"), timeout=LOCK_WAIT):
             if path.exists():
                 try:
                     check_file(path, entry)  # another process was first
@@ -88,6 +91,11 @@ def fetch(url: str, path: Path, entry: Entry) -> Path:
                 ) from error
             part.replace(path)
             return path
+    except Timeout as error:
+        raise WeightsError(
+            f"another process has been downloading {path.name} for {LOCK_WAIT} seconds; if there "
+            f"is none, remove {error.lock_file}"
+        ) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             with contextlib.suppress(OSError):
@@ -117,17 +125,16 @@ def _fill(url: str, part: Path, entry: Entry) -> None:
             before = have
             try:
                 with _open(url, have) as answer:
+                    total = _total(answer)
+                    if total not in (None, entry.size):  # a page that asks for a login, say
+                        raise WeightsError(
+                            f"{url} has {total:,} bytes, its manifest says {entry.size:,}"
+                        )
                     if have and not _goes_on(answer, have):
                         file.truncate(0)
                         have = 0
                         bar.reset(entry.size)
-                    total = _total(answer)
-                    if total not in (None, entry.size):
-                        file.truncate(0)
-                        raise WeightsError(
-                            f"{url} has {total:,} bytes, its manifest says {entry.size:,}"
-                        )
-                    while block := answer.read1(BLOCK):  # what is there: a stall loses nothing
+                    while block := _next(answer):
                         if have + len(block) > entry.size:
                             file.truncate(0)
                             raise WeightsError(
@@ -177,7 +184,22 @@ def _open(url: str, start: int) -> HTTPResponse:
         seconds = 0.0
     if not 0 < seconds < float("inf"):
         raise WeightsError(f"{TIMEOUT_VARIABLE}={given!r} is no number of seconds")
-    return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=seconds)
+    try:
+        return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=seconds)
+    except NETWORK_ERRORS:
+        raise
+    except OSError as error:
+        raise ConnectionError(one_line(error.strerror or error)) from error
+
+
+def _next(answer: HTTPResponse) -> bytes:
+    """What is there: a stall loses nothing. An OSError of the way here is one of the network."""
+    try:
+        return answer.read1(BLOCK)
+    except NETWORK_ERRORS:
+        raise
+    except OSError as error:
+        raise ConnectionError(one_line(error.strerror or error)) from error
 
 
 def _tries() -> Iterator[bool]:

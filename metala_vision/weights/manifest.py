@@ -16,6 +16,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PositiveFloat,
     PositiveInt,
     ValidationError,
     model_validator,
@@ -49,11 +50,11 @@ class Preprocessing(_Part):
     """What evaluation does to an image, in timm's words."""
 
     input_size: tuple[PositiveInt, PositiveInt, PositiveInt]
-    interpolation: str
+    interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
     crop_pct: Annotated[float, Field(gt=0, le=1)]
-    crop_mode: str
+    crop_mode: Literal["center", "squash", "border"]
     mean: tuple[float, ...]
-    std: tuple[float, ...]
+    std: tuple[PositiveFloat, ...]
 
     @model_validator(mode="after")
     def _of_all_channels(self) -> Self:
@@ -63,7 +64,7 @@ class Preprocessing(_Part):
 
 
 class Metrics(_Part):
-    """On the held-out images, in percent, by the file itself."""
+    """On the held-out images, in percent: of the file itself, or of the run, as the card says."""
 
     top1: Annotated[float, Field(ge=0, le=100)]
     top5: Annotated[float, Field(ge=0, le=100)]
@@ -88,7 +89,7 @@ class Entry(_Part):
     license: str
     terms: str | None = None
     metrics: Metrics | None = None
-    num_classes: PositiveInt
+    num_classes: Annotated[int, Field(gt=0, le=2**20)]
     preprocessing: Preprocessing
     label_names: tuple[str, ...] | None = None
     label_descriptions: dict[str, str] | None = None

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import re
+import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 
 from metala_vision.errors import WeightsError, one_line
 
-from .check import check_file, check_tensors
+from .check import check_entry, check_file
 from .download import Unreachable, fetch, fetch_text, is_offline, url_below
 from .manifest import MANIFEST_FILE, Entry, Manifest, parse_manifest, read_manifest
 
@@ -57,16 +58,38 @@ def configured_base() -> str | None:
     given = os.environ.get(WEIGHTS_VARIABLE)
     if not given:
         return None
-    if re.match(r"https?://", given):
-        if "?" in given or "#" in given:
-            raise WeightsError(f"{WEIGHTS_VARIABLE}={given}: the address of a folder has no ? or #")
-        return given
     if "://" in given:
-        raise WeightsError(f"{WEIGHTS_VARIABLE}={given}: a folder, http:// or https:// is accepted")
-    folder = Path(given).expanduser()
+        return _address(given)
+    try:
+        folder = Path(given).expanduser()
+    except RuntimeError as error:  # ~ of a user who is not there
+        raise WeightsError(f"{WEIGHTS_VARIABLE}={given} is no folder") from error
     if not folder.is_dir():
         raise WeightsError(f"{WEIGHTS_VARIABLE}={given} is no folder")
     return str(folder)
+
+
+def _address(given: str) -> str:
+    """Of a folder on a file server, its path quoted."""
+    try:
+        parts = urllib.parse.urlsplit(given)
+        host, port = parts.hostname, parts.port  # which may raise too
+    except ValueError as error:
+        raise WeightsError(f"{WEIGHTS_VARIABLE}={given}: {one_line(error)}") from error
+    if parts.username or parts.password:
+        raise WeightsError(
+            f"{WEIGHTS_VARIABLE}: the address of {host} holds a user or a password, which is not "
+            "supported"
+        )
+    if parts.scheme not in ("http", "https") or not host:
+        raise WeightsError(f"{WEIGHTS_VARIABLE}={given}: a folder, http:// or https:// is accepted")
+    if parts.query or parts.fragment:
+        raise WeightsError(f"{WEIGHTS_VARIABLE}={given}: the address of a folder has no ? or #")
+    name = host.encode("idna").decode() if not host.isascii() else host
+    name = f"[{name}]" if ":" in name else name
+    where = name if port is None else f"{name}:{port}"
+    path = urllib.parse.quote(parts.path.rstrip("/"), safe="/%+~")
+    return f"{parts.scheme}://{where}{path}"
 
 
 def base_manifest(base: str, cache_dir: str | Path | None = None) -> Manifest:
@@ -106,19 +129,24 @@ def locate(tag: str, cache_dir: str | Path | None = None) -> Weights | None:
         WeightsError: a network that fails, a file that is not what its manifest says, no room.
     """
     ours = shipped().weights.get(tag)
-    base = configured_base()
     if ours is not None and (HERE / ours.file).is_file():
         return _checked(tag, ours, HERE / ours.file)
+    base, namespace = configured_base(), configured_namespace()
+    silent: WeightsError | None = None
+    theirs: Entry | None = None
     if base is not None:
-        manifest = base_manifest(base, cache_dir)
-        theirs = manifest.weights.get(tag)
-        if theirs is not None:
-            # Where this package knows the tag, the file must be the one that it knows.
-            entry = ours or theirs
-            return _checked(tag, entry, _from_base(base, tag, theirs.file, entry, cache_dir))
-    if namespace := configured_namespace():
-        return _from_hub(f"{namespace}/{tag}", tag, ours, cache_dir)
-    return None
+        try:
+            theirs = base_manifest(base, cache_dir).weights.get(tag)
+        except Unreachable as error:
+            silent = error  # the Hub may have it
+    if base is not None and theirs is not None:
+        # Where this package knows the tag, the file must be the one that it knows.
+        entry = ours or theirs
+        return _checked(tag, entry, _from_base(base, tag, theirs.file, entry, cache_dir))
+    found = _from_hub(f"{namespace}/{tag}", tag, ours, cache_dir) if namespace else None
+    if found is None and silent is not None:
+        raise silent
+    return found
 
 
 def tags_of(architecture: str, cache_dir: str | Path | None = None) -> list[str]:
@@ -147,7 +175,7 @@ def _is_web(base: str) -> bool:
 
 def _checked(tag: str, entry: Entry, path: Path) -> Weights:
     check_file(path, entry)
-    check_tensors(path)
+    check_entry(path, entry)
     return Weights(tag, entry, path)
 
 
@@ -200,6 +228,7 @@ def _hub_file(repository: str, name: str, cache_dir: str | Path | None) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
+        GatedRepoError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
@@ -207,6 +236,10 @@ def _hub_file(repository: str, name: str, cache_dir: str | Path | None) -> Path:
     extra: dict[str, Any] = {} if cache_dir is None else {"cache_dir": cache_dir}
     try:
         return Path(hf_hub_download(repository, name, library_name="metala-vision", **extra))
+    except GatedRepoError as error:
+        raise WeightsError(
+            f"{repository} is gated: accept its terms on the Hub, then `hf auth login`"
+        ) from error
     except LocalEntryNotFoundError as error:
         why = OFFLINE if is_offline() else one_line(error.__cause__ or error)
         raise WeightsError(

@@ -40,6 +40,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files, self.hub = files, hub
         self.lies: dict[str, bytes] = {}
+        self.gated = False
         self.fault: Callable[[str, int], Fault | None] = lambda path, number: None
         self.requests: list[tuple[str, str, int]] = []
         self.end = threading.Event()
@@ -91,6 +92,8 @@ class _Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.requests.append((self.command, path, start))
             number = sum(method == "GET" and p == path for method, p, _ in self.server.requests)
+        if self.server.gated:
+            return self.refuse(403, path)
         fault = (self.server.fault(path, number) if body else None) or Fault()
         content = self.server.files.get(path)
         if fault.status or content is None:
@@ -125,6 +128,8 @@ class _Handler(BaseHTTPRequestHandler):
             repository = "/".join(path.split("/")[:3])
             known = any(name.startswith(f"{repository}/") for name in self.server.files)
             self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
+        if self.server.gated:
+            self.send_header("X-Error-Code", "GatedRepo")
         self.send_header("Content-Length", "0")
         self.end_headers()
 

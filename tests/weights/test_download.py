@@ -1,15 +1,18 @@
 """Downloads from a plain file server that fails in every way: the file is whole, or not there."""
 
 import hashlib
+import http.client
 import multiprocessing
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import time
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from metala_vision.errors import WeightsError
 from metala_vision.weights import download
@@ -125,6 +128,41 @@ def test_a_file_of_another_length_is_refused_before_it_is_brought(server, cache)
         assert line.endswith(f"has {len(content):,} bytes, its manifest says {SIZE:,}")
         assert kept(cache) == b""
     assert server.gets(FILE) == [0, 0]
+
+
+def test_a_page_in_its_place_leaves_what_is_kept(server, cache):
+    cache.parent.mkdir()
+    cache.with_name(f"{cache.name}.part").write_bytes(CONTENT[:1000])
+    server.lies[FILE] = b"please log in"
+    server.fault = lambda path, number: Fault(whole=True)
+    assert "has 13 bytes, its manifest says" in refused(server, cache)
+    assert kept(cache) == CONTENT[:1000]
+    server.lies.clear()
+    server.fault = lambda path, number: None
+    fetch(server.url + FILE, cache, ENTRY)
+    assert server.gets(FILE)[-1] == 1000
+
+
+@pytest.mark.parametrize("error", [OSError(113, "No route to host"), ssl.SSLError(1, "[SSL] x")])
+def test_a_fault_of_the_way_here_is_not_one_of_the_disk(error, server, cache, monkeypatch):
+    def fail(*arguments, **named):
+        raise error
+
+    monkeypatch.setattr(http.client.HTTPResponse, "read1", fail)
+    line = refused(server, cache)
+    assert line.startswith(f"cannot download {server.url}{FILE}: ")
+    with pytest.raises(Unreachable):
+        fetch_text(server.url + "/text")
+    monkeypatch.setattr(download.urllib.request, "urlopen", fail)
+    assert refused(server, cache).startswith(f"cannot download {server.url}{FILE}: ")
+
+
+def test_a_lock_that_is_left_behind_is_named(server, cache, monkeypatch):
+    monkeypatch.setattr(download, "LOCK_WAIT", 0.1)
+    cache.parent.mkdir()
+    with FileLock(cache.with_name(f"{cache.name}.lock")):
+        line = refused(server, cache)
+    assert f"if there is none, remove {cache}.lock" in line
 
 
 def test_more_than_was_promised_is_refused(server, cache):

@@ -88,6 +88,12 @@ def test_nobody_has_it(hub):
     assert line.startswith(f"no weights for {NAME} in this package, owls/{NAME} on the Hub; ")
 
 
+def test_a_gated_repository_says_so(hub):
+    hub.gated = True
+    line = refused()
+    assert line == f"owls/{NAME} is gated: accept its terms on the Hub, then `hf auth login`"
+
+
 def test_a_repository_without_a_file(hub):
     del hub.files[f"{ROOT}/manifest.json"]
     assert f"no weights for {NAME}" in refused()

@@ -13,7 +13,7 @@ from metala_vision.models import pretrained
 from metala_vision.weights import source
 
 from ._base import CLASSES, FILE, FILES, NAME, files_of, tensors, written
-from ._server import Fault
+from ._server import Fault, Server, serving
 
 
 def same(model, state):
@@ -70,11 +70,29 @@ def test_without_pretrained_nothing_is_looked_for(monkeypatch):
 @pytest.mark.parametrize(
     ("value", "line"),
     [("ftp://x/y", "a folder, http:// or https:// is accepted"),
+     ("http://", "a folder, http:// or https:// is accepted"),
+     ("http://[::1/w", "Invalid IPv6 URL"), ("~nobody-of-this-name/w", "is no folder"),
+     ("http://x:y/w", "Port could not be cast to integer value as 'y'"),
      ("http://x/y?token=1", "the address of a folder has no ? or #")],
 )  # fmt: skip
 def test_a_place_that_is_none(value, line, monkeypatch):
     monkeypatch.setenv(source.WEIGHTS_VARIABLE, value)
-    assert refused() == f"METALA_VISION_WEIGHTS={value}: {line}"
+    assert refused().startswith(f"METALA_VISION_WEIGHTS={value}") and refused().endswith(line)
+
+
+def test_a_password_is_not_repeated(monkeypatch):
+    monkeypatch.setenv(source.WEIGHTS_VARIABLE, "https://me:secret@x/y")
+    assert "of x holds a user or a password" in refused() and "secret" not in refused()
+
+
+@pytest.mark.parametrize("form", ["{}/b\N{LATIN SMALL LETTER O WITH DIAERESIS}x/", "HTTP{}/b/"])
+def test_addresses_as_people_write_them(form, monkeypatch):
+    with serving(Server({})) as running:
+        address = form.format(running.url if form[0] == "{" else running.url[4:])
+        monkeypatch.setenv(source.WEIGHTS_VARIABLE, address)
+        folder = "/b%C3%B6x" if "x" in form else "/b"
+        running.files |= {f"{folder}{name}": content for name, content in FILES.items()}
+        assert same(timm.create_model(NAME, pretrained=True), load(FILES[FILE]))
 
 
 def test_a_namespace_that_is_none(monkeypatch):
@@ -139,6 +157,66 @@ def test_the_users_own_weights_are_left_to_timm(base, tmp_path):
         timm.create_model("hgrn_nano", pretrained=True, pretrained_cfg_overlay=overlay)
 
 
+def test_a_source_of_the_users_is_not_overruled_by_what_ships(monkeypatch, tmp_path):
+    """timm takes a file before an address, and the default tag has one."""
+    from timm.models import _builder
+
+    asked = []
+    monkeypatch.setattr(
+        _builder, "load_state_dict_from_hf", lambda name, **_: asked.append(name) or shipped
+    )
+    monkeypatch.setattr(
+        _builder, "load_state_dict_from_url", lambda url, **_: asked.append(url) or shipped
+    )
+    shipped = timm.create_model("metala_nano", pretrained=True).state_dict()
+    for source_ in ({"hf_hub_id": "me/mine"}, {"url": "https://mine/x.pth"}):
+        model = timm.create_model("metala_nano", pretrained=True, pretrained_cfg_overlay=source_)
+        assert "file" not in model.pretrained_cfg and "tag" not in model.pretrained_cfg
+    assert asked == ["me/mine", "https://mine/x.pth"]
+
+
+def test_the_configuration_of_a_tag_is_checked_as_the_tag_is(monkeypatch, tmp_path):
+    cfg = timm.get_pretrained_cfg("metala_nano.tiny_imagenet_150")
+    for given in (cfg, cfg.to_dict()):
+        model = timm.create_model("metala_nano", pretrained=True, pretrained_cfg=given)
+        assert model.pretrained_cfg["tag"] == "tiny_imagenet_150" and model.num_classes == 150
+    (tmp_path / "nothing").mkdir()
+    monkeypatch.setattr(source, "HERE", tmp_path / "nothing")
+    with pytest.raises(WeightsError, match=r"no weights for metala_nano\.tiny_imagenet_150"):
+        timm.create_model("metala_nano", pretrained=True, pretrained_cfg=cfg)
+
+
+def test_a_model_from_scratch_is_not_of_the_weights(tmp_path):
+    from timm.models import save_for_hf
+
+    save_for_hf(timm.create_model("metala_nano", num_classes=5), tmp_path, safe_serialization=True)
+    cfg = json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]
+    assert cfg["license"] == "apache-2.0" and "tag" not in cfg
+
+
+def test_patches_are_resampled_from_every_source(base, tmp_path):
+    from timm.models import save_for_hf
+
+    expected = timm.create_model(NAME, pretrained=True, patch_size=16).patch_embed.proj.weight
+    path = base / FILE[1:]
+    save_for_hf(timm.create_model(NAME, pretrained=True), tmp_path / "s", safe_serialization=True)
+    for name, more in (
+        (f"local-dir:{tmp_path / 's'}", {}),
+        ("hgrn_nano", {"pretrained_cfg_overlay": {"file": str(path), "num_classes": 3}}),
+        ("hgrn_nano", {"pretrained_cfg_overlay": {"file": str(path)}, "num_classes": 3}),
+    ):
+        model = timm.create_model(name, pretrained=True, patch_size=16, **more)
+        assert torch.allclose(model.patch_embed.proj.weight, expected, atol=1e-6)
+
+
+def test_not_strict_takes_what_there_is():
+    plain = timm.create_model("metala_nano", pretrained=True).state_dict()
+    model = timm.create_model("metala_nano", pretrained=True, pretrained_strict=False, depth=10)
+    state = model.state_dict()
+    assert all(torch.equal(state[name], x) for name, x in plain.items())
+    assert "do not fit" in refused("metala_nano", pretrained_strict=False, embed_dim=64)
+
+
 def test_what_is_saved_afterwards_names_no_place(base, tmp_path):
     from timm.models import save_for_hf
 
@@ -168,9 +246,9 @@ def changed(state, base):
         (lambda s: s.update({"patch_embed.proj.weight": torch.zeros(64, 3, 8, 8)}),
          "do not fit: patch_embed.proj.weight is (64, 3, 8, 8)"),
         (lambda s: s.update({"patch_embed.proj.weight": torch.zeros(128, 4, 8, 8)}),
-         "do not fit: patch_embed.proj.weight is (128, 4, 8, 8)"),
+         "has 4 channels, the manifest says 3"),
         (lambda s: s.update({"patch_embed.proj.weight": torch.zeros(128, 192)}),
-         "do not fit: patch_embed.proj.weight is (128, 192)"),
+         "has 192 channels, the manifest says 3"),
         (lambda s: s.update({"norm.weight": torch.zeros(128, dtype=torch.int64)}),
          "norm.weight is of type I64; F16, BF16, F32, F64 are accepted"),
     ],
@@ -187,6 +265,9 @@ def test_tensors_that_do_not_fit_are_named(change, line, classes, base):
 def test_a_head_of_another_width_than_told(base):
     state = tensors()
     state["head.fc.weight"], state["head.fc.bias"] = torch.zeros(4, 128), torch.zeros(4)
+    changed(state, base)
+    assert "has 4 classes, the manifest says 3" in refused()
+    state["head.fc.weight"] = torch.zeros(3, 128)
     changed(state, base)
     assert "do not fit: head.fc.bias is (4,), not (3,)" in refused()
 
@@ -263,6 +344,29 @@ def test_the_cache_is_below_torch_home(server, tmp_path):
     assert not any(name.endswith(".part") for name in names)
 
 
+def test_a_dead_server_does_not_hide_the_hub(hub, monkeypatch):
+    monkeypatch.setenv(source.WEIGHTS_VARIABLE, "http://127.0.0.1:1")
+    there = dict(hub.files)
+    hub.files.clear()
+    assert "cannot download http://127.0.0.1:1/manifest.json: " in refused()
+    hub.files |= there
+    assert same(timm.create_model(NAME, pretrained=True), load(FILES[FILE]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [({"num_classes": 10**6, "label_names": None}, "has 3 classes, the manifest says 1000000"),
+     ({"num_classes": 10**12, "label_names": None}, "num_classes: Input should be less than or")],
+    ids=["a million", "more"],
+)  # fmt: skip
+def test_a_manifest_cannot_ask_for_memory(changes, line, base):
+    content = FILES[FILE]
+    text = (base / "manifest.json").read_text()
+    entry = json.loads(text)["weights"][NAME] | changes
+    (base / "manifest.json").write_text(json.dumps({"format": 1, "weights": {NAME: entry}}))
+    assert line in refused() and content
+
+
 def test_a_server_whose_manifest_is_hostile(server):
     text = FILES["/manifest.json"].replace(FILE[1:].encode(), b"../../etc/x.safetensors")
     server.files["/below/manifest.json"] = text
@@ -271,5 +375,5 @@ def test_a_server_whose_manifest_is_hostile(server):
 
 def test_the_message_of_a_variant_is_of_its_own_configuration():
     for name in ("metala_small", "hgrn2_tiny"):
-        assert (pretrained.CONFIGS / f"imagenet1k/{name}.yaml").is_file()
+        assert (pretrained.PACKAGE / f"configs/imagenet1k/{name}.yaml").is_file()
         assert f"--config imagenet1k/{name} " in refused(name)

@@ -1,6 +1,8 @@
 """`metala-vision weights`: a run becomes a folder that timm reads, with the run's accuracy."""
 
 import json
+import multiprocessing
+import os
 import shutil
 
 import pytest
@@ -14,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from metala_vision.checkpoint import _describe
 from metala_vision.cli import main
 from metala_vision.evaluate import evaluate_checkpoint
-from metala_vision.publish.card import without_paths
+from metala_vision.publish.card import scrubbed
 from metala_vision.weights import source
 from tests.conftest import SMALL_MODEL
 
@@ -158,12 +160,96 @@ def test_without_an_average_there_is_none(run, tmp_path, capsys):
     assert line == f"--no-ema: the run in {run} averages no weights"
 
 
-def test_paths_in_a_command_are_not_told(tmp_path):
-    command = ["train_imagenet.py", "--config", "quickstart", "--data-dir", str(tmp_path),
-               f"--run-dir={tmp_path}", "~/x", "--lr", "1e-3"]  # fmt: skip
-    assert without_paths(command) == (
-        "train_imagenet.py --config quickstart --data-dir DIR --run-dir=DIR DIR --lr 1e-3"
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [("/home/me/x", "DIR"), ("~/x", "DIR"), ("../me/x.yaml", "DIR"), ("./x", "DIR"),
+     ("--run-dir=/home/me", "--run-dir=DIR"), ("local-dir:/home/me/x", "local-dir:DIR"),
+     ("--distill-teacher=local-dir:../x", "--distill-teacher=local-dir:DIR"),
+     ("C:\\Users\\me", "DIR"), ("file=/home/me", "file=/home/me"),
+     ("imagenet1k/metala_tiny", "imagenet1k/metala_tiny"), ("hfds/me/pets", "hfds/me/pets"),
+     ("hf-hub:me/x", "hf-hub:me/x"), ("rand-m9-mstd0.5", "rand-m9-mstd0.5"), ("1e-3", "1e-3")],
+)  # fmt: skip
+def test_paths_are_not_told(word, told):
+    assert scrubbed({"a": [word, 3]}) == {"a": [told, 3]}
+
+
+def test_a_place_in_any_setting_is_not_told(run, digit_tree, tmp_path):
+    secret = shutil.copytree(run / "last", tmp_path / "alice" / "teacher")
+    student = trained(
+        tmp_path, digit_tree, "--epochs", "1", "--distill-teacher", f"local-dir:{secret}"
     )
+    assert publish(student, tmp_path / "out") == 0
+    for path in (tmp_path / "out").iterdir():
+        assert b"alice" not in path.read_bytes(), path
+
+
+def test_nothing_but_a_publication_is_replaced(copy, run, tmp_path, capsys):
+    line = refused(capsys, copy, copy, "--replace")
+    assert line == f"{copy} holds .lock, which no publication has: it is not replaced"
+    assert (copy / "last" / "model.safetensors").is_file()
+    out = tmp_path / "out"
+    assert publish(run, out, "--tag", "a") == 0
+    assert "it is not replaced" in refused(capsys, run, out, "--replace")  # --tag forgotten
+    (out / "metala_nano.a" / "notes.txt").write_text("precious")
+    line = refused(capsys, run, out, "--tag", "a", "--replace")
+    assert "holds notes.txt, which no publication has" in line
+    (tmp_path / "file").touch()
+    assert refused(capsys, run, tmp_path / "file") == f"{tmp_path / 'file'} is no folder"
+
+
+def test_a_damaged_manifest_is_told_before_anything_is_written(run, tmp_path, capsys):
+    (tmp_path / "manifest.json").write_text("{}{}")
+    assert "is no manifest of weights" in refused(capsys, run, tmp_path, "--tag", "a")
+    assert [p.name for p in tmp_path.iterdir()] == ["manifest.json"]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_two_publishers_at_once_leave_what_can_be_loaded(run, tmp_path):
+    """Of the same tag without --replace: one of them, and its manifest."""
+    fork = multiprocessing.get_context("fork")
+    children = [
+        fork.Process(target=_publish, args=(run, tmp_path / "out", dtype))
+        for dtype in ("float16", "float32", "bfloat16")
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+    assert sorted(child.exitcode for child in children) == [0, 2, 2]
+    assert main(["weights", "verify", str(tmp_path / "out")]) == 0
+    assert not [p for p in (tmp_path / "out").iterdir() if p.name.startswith(".metala")]
+
+
+def _publish(run, out, dtype):
+    os._exit(publish(run, out, "--tag", "a", "--dtype", dtype))
+
+
+def test_the_current_folder_and_a_run_without_its_facts(copy, tmp_path, capsys, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert publish(copy, ".") == 0 and (tmp_path / "here" / "config.json").is_file()
+    (copy / "environment.json").unlink()
+    line = refused(capsys, copy, tmp_path / "out")
+    assert line == f"{copy} is no run: environment.json is missing"
+    line = refused(capsys, copy, tmp_path / "out", "--license", "other")
+    assert line == "--license other needs --terms"
+
+
+def test_terms_cannot_break_the_card(run, tmp_path):
+    assert publish(run, tmp_path / "out", "--terms", "free | for\nresearch") == 0
+    rows = [x for x in (tmp_path / "out" / "README.md").read_text().splitlines() if x[:2] == "| "]
+    assert "| license | apache-2.0: free \\| for research |" in rows
+
+
+def test_mixed_precision_is_told(digit_tree, tmp_path):
+    run = trained(tmp_path, digit_tree, "--epochs", "1", "--mixed-precision", "bf16")
+    assert (
+        publish(run, tmp_path / "a") == 0
+        and publish(run, tmp_path / "b", "--dtype", "float16") == 0
+    )
+    assert "images, of the run, in bf16 |" in (tmp_path / "a" / "README.md").read_text()
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert "images, of the run, in bf16, before rounding to float16 |" in card
 
 
 def test_an_argument_that_changes_no_shape_is_noticed(digit_tree, tmp_path, capsys):
@@ -291,8 +377,14 @@ def test_a_published_folder_is_pushed_and_read_back(run, digit_tree, tmp_path, c
         for checkpoint in ("metala_nano.digits", f"hf-hub:{name}"):
             assert scores(checkpoint, digit_tree) == expected
         hub.allowed = False
-        line = refused(capsys, run, tmp_path / "out", "--tag", "b", "--push", name)
-        assert line.startswith(f"cannot publish {name}: ") and "401" in line
+        other = "owls/metala_nano.b"
+        line = refused(capsys, run, tmp_path / "out", "--tag", "b", "--push", other)
+        assert line.startswith(f"cannot publish {other}: ") and "401" in line
+        hub.allowed = True
+        assert main(["weights", "push", str(tmp_path / "out" / "metala_nano.b"), other]) == 0
+        assert scores("metala_nano.b", digit_tree) == expected
+        line = refused(capsys, run, tmp_path / "out", "--tag", "c", "--push", name)
+        assert line.endswith("looked for in a repository of that name, owls/metala_nano.c")
 
 
 def test_verify_without_names_is_of_what_ships(capsys):
