@@ -5,6 +5,8 @@ package.
 Letters as in api.py.
 """
 
+from typing import List  # noqa: UP035
+
 import torch
 from torch import Tensor
 
@@ -38,9 +40,17 @@ def _(u, delta, A, k, q, skip, delta_bias, direction, order):
 
 @torch.library.custom_op("metala_vision::selective_scan_backward", mutates_args=())
 def node_backward(
-    d_y: Tensor, u: Tensor, delta: Tensor, A: Tensor, k: Tensor, q: Tensor, skip: Tensor | None,
-    delta_bias: Tensor | None, direction: str, order: Tensor | None,
-) -> list[Tensor]:  # fmt: skip
+    d_y: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    k: Tensor,
+    q: Tensor,
+    skip: Tensor | None,
+    delta_bias: Tensor | None,
+    direction: str,
+    order: Tensor | None,
+) -> List[Tensor]:  # noqa: UP006  # fmt: skip  (torch 2.6 reads no other)
     """Of the seven, in their order; those that are None are left out."""
     inputs = (u, delta, A, k, q, skip, delta_bias)
     if _takes_kernels(u):

@@ -38,15 +38,24 @@ def server(monkeypatch):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A server that answers as the Hub does, where huggingface_hub looks for it."""
-    from huggingface_hub import constants
-
     with serving(Server(repository(FILES, NAME), hub=True)) as running:
-        template = f"{running.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "ENDPOINT", running.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        hub_constants(monkeypatch, running.url, HF_HUB_CACHE=str(tmp_path / "hub"))
         monkeypatch.setenv(source.HUB_VARIABLE, "owls")
         yield running
+
+
+def hub_constants(monkeypatch, url=None, **values):
+    """What huggingface_hub has read from the environment when it was imported; some of its modules
+    keep copies."""
+    from huggingface_hub import _commit_api, constants, file_download, hf_api
+
+    if url is not None:
+        template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        values |= {"ENDPOINT": url, "HUGGINGFACE_CO_URL_TEMPLATE": template}
+    for name, value in values.items():
+        for module in (constants, file_download, hf_api, _commit_api):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from metala_vision.weights import source
 
 from ._base import FILE, FILES, NAME, files_of, repository
 from ._server import Fault
+from .conftest import hub_constants
 
 ROOT = f"/owls/{NAME}/resolve/main"
 WEIGHTS = f"{ROOT}/model.safetensors"
@@ -64,7 +65,7 @@ def test_it_is_brought_once(hub):
 
 @pytest.mark.parametrize("tenth", range(1, 10))
 def test_a_cut_is_gone_on_with(tenth, hub, monkeypatch):
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 2**16)  # what a cut loses at most; 10 MB
+    hub_constants(monkeypatch, DOWNLOAD_CHUNK_SIZE=2**16)  # what a cut loses at most; 10 MB
     cut = SIZE * tenth // 10
     hub.fault = lambda path, number: Fault(cut=cut) if number == 1 and path == WEIGHTS else None
     assert loads()
@@ -113,33 +114,33 @@ def test_a_server_in_trouble_is_one_line(status, hub):
 
 
 def test_a_stalled_server_is_left(hub, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
+    hub_constants(monkeypatch, HF_HUB_DOWNLOAD_TIMEOUT=0.2)
     hub.fault = lambda path, number: Fault(stall=0) if path == WEIGHTS else None
     line = refused()
     assert f"cannot get model.safetensors of owls/{NAME}: " in line and "timed out" in line.lower()
 
 
 def test_what_was_brought_is_there_offline(hub, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub_constants(monkeypatch, HF_HUB_OFFLINE=True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     line = refused()
     assert f"manifest.json of owls/{NAME}: HF_HUB_OFFLINE is set; it is not in the cache" in line
     assert hub.requests == []
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    hub_constants(monkeypatch, HF_HUB_OFFLINE=False)
     assert loads()
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub_constants(monkeypatch, HF_HUB_OFFLINE=True)
     count = len(hub.requests)
     assert loads() and len(hub.requests) == count
 
 
 @pytest.mark.filterwarnings("ignore:Not enough free disk space")
 def test_a_full_disk_is_one_line(hub, small_disk, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(small_disk))
+    hub_constants(monkeypatch, HF_HUB_CACHE=str(small_disk))
     assert "No space left on device" in refused()
 
 
 def test_a_cache_that_cannot_be_written_is_read(hub, small_disk, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(small_disk))
+    hub_constants(monkeypatch, HF_HUB_CACHE=str(small_disk))
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     assert "Read-only file system" in refused()
     subprocess.run(["mount", "-o", "remount,rw,size=40m", str(small_disk)], check=True)

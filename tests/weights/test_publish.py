@@ -10,7 +10,6 @@ import timm
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from metala_vision.checkpoint import _describe
@@ -21,6 +20,7 @@ from metala_vision.weights import source
 from tests.conftest import SMALL_MODEL
 
 from ._server import Uploads, serving
+from .conftest import hub_constants
 
 NANO = ("--model", "metala_nano", "--img-size", "32", "--patch-size", "8")
 
@@ -356,11 +356,8 @@ def test_verify_tells_every_fault_and_goes_on(run, tmp_path, capsys):
 def test_a_published_folder_is_pushed_and_read_back(run, digit_tree, tmp_path, capsys, monkeypatch):
     """By the Hub's protocol, to a server on this machine that speaks it."""
     with serving(Uploads()) as hub:
-        template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        values = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_DISABLE_XET": True}
+        hub_constants(monkeypatch, hub.url, **values)
         monkeypatch.setenv("HF_TOKEN", "hf_none")
         monkeypatch.setenv(source.HUB_VARIABLE, "owls")
         name = "owls/metala_nano.digits"
