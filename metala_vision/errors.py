@@ -1,6 +1,8 @@
 """What goes wrong by a user's mistake, as one clear line."""
 
 import difflib
+import signal
+from types import TracebackType
 
 
 def one_line(text: object) -> str:
@@ -45,18 +47,43 @@ class OwnError(UserError):
     """An error that one process of several has: it tells it itself."""
 
 
-def worker_died(error: RuntimeError) -> OwnError | None:
-    """What to tell the user, where that is what torch has raised; it may come at any line."""
-    if "DataLoader worker" not in str(error):
+# What torch raises where a data worker has died: its own error, at any line, or that of the socket
+# over which the worker was about to hand a batch.
+WORKER_ERRORS = (RuntimeError, ConnectionError, EOFError, FileNotFoundError)
+
+
+def worker_died(error: BaseException) -> OwnError | None:
+    """What to tell the user, where one of WORKER_ERRORS means that; else None."""
+    what = None
+    if "DataLoader worker" in str(error):
+        told: BaseException | None = error
+        while told is not None and "killed by signal" not in str(told):
+            told = told.__cause__ or told.__context__
+        what = one_line(told or error).rstrip(" .")
+    elif not isinstance(error, RuntimeError):
+        what = _dead_worker(error.__traceback__)
+    if what is None:
         return None
-    told: BaseException | None = error
-    while told is not None and "killed by signal" not in str(told):
-        told = told.__cause__ or told.__context__
-    what = one_line(told or error).rstrip(" .")
     return OwnError(
         f"{what}. Out of memory is a common cause: fewer --workers need less; with "
         "--workers 0 an error shows itself"
     )
+
+
+def _dead_worker(trace: TracebackType | None) -> str | None:
+    """Of the loader in whose call an error was raised, in torch's words."""
+    while trace is not None:
+        loader = trace.tb_frame.f_locals.get("self")
+        for worker in getattr(loader, "_workers", ()):
+            try:
+                worker.join(0.5)
+            except RuntimeError as told:  # torch's handler of the signal, at any line
+                return one_line(told).rstrip(" .")
+            if worker.exitcode is not None and worker.exitcode < 0:
+                name = signal.strsignal(-worker.exitcode)
+                return f"DataLoader worker (pid {worker.pid}) is killed by signal: {name}"
+        trace = trace.tb_next
+    return None
 
 
 def out_of_memory(batch_size: int) -> UserError:

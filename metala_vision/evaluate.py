@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from . import models  # noqa: F401  (registers ours with timm)
 from .data import ImageData, Unreadable
-from .errors import UserError, nearest, one_line, worker_died
+from .errors import WORKER_ERRORS, UserError, nearest, one_line, worker_died
 from .processes import create_accelerator, gathered
 from .sampling import EvaluationOrder
 from .sources import FolderSource, Source
@@ -237,7 +237,7 @@ def evaluate_checkpoint(
     model.to(accelerator.device)
     try:
         target, guesses, confidence, loss, rate = predict(model, loader, accelerator, unreadable)
-    except RuntimeError as error:
+    except WORKER_ERRORS as error:
         raise worker_died(error) or error from error
     hits = guesses == target[:, None]
     if many is not None:

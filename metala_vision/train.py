@@ -18,6 +18,7 @@ from .config import Config
 from .data import Unreadable
 from .engine import Evaluation, Hooks, Interval, Skipped, evaluate, train_epoch
 from .errors import (
+    WORKER_ERRORS,
     OwnError,
     ReportedError,
     Stopped,
@@ -170,13 +171,11 @@ class Run:
                     break
                 built.loaders.batches.set_epoch(training.epoch, training.place)
                 train_epoch(training, built.loaders.train, hooks)
-        except RuntimeError as error:
-            told = worker_died(error)
+        except (UserError, *WORKER_ERRORS) as error:
+            told = error if isinstance(error, UserError) else worker_died(error)
             if told is None:
                 raise
             raise self.with_what_is_kept(told) from error
-        except UserError as error:
-            raise self.with_what_is_kept(error) from error
         finally:
             self.bar.close()
             self.bar = None

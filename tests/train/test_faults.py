@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from accelerate.state import AcceleratorState
 from metala_vision.checkpoint import FILES, Checkpoints, _describe, load_state, verify
 from metala_vision.cli import main
 from metala_vision.config_file import load_config
-from metala_vision.errors import ReportedError, UserError
+from metala_vision.errors import ReportedError, UserError, worker_died
 from metala_vision.processes import agree
 from tests.conftest import SMALL_MODEL
 from tests.train._runs import ROOT, assert_same_run, children, finish, launch, wait_for_step
@@ -240,6 +242,39 @@ def test_a_dead_worker_is_reported_with_its_cause(digit_tree, tmp_path):
     assert "is killed by signal: Killed" in error or "exited unexpectedly" in error
     assert "DataLoader worker (pid" in error and "Out of memory is a common cause" in error
     assert error.endswith(f"is kept in {run_dir / 'last'}")
+
+
+class Waiting(torch.utils.data.Dataset):
+    """Its worker sleeps behind the first batches."""
+
+    def __len__(self):
+        return 100
+
+    def __getitem__(self, index):
+        time.sleep(0 if index < 2 else 60)
+        return torch.zeros(1)
+
+
+def test_a_worker_that_dies_while_it_hands_a_batch_over():
+    """Then the socket's error comes first."""
+    draws = iter(torch.utils.data.DataLoader(Waiting(), num_workers=1))
+    next(draws)
+    # torch's handler would tell it at any line.
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.kill(draws._workers[0].pid, signal.SIGKILL)
+
+    def reset(timeout):
+        raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+
+    draws._data_queue = SimpleNamespace(get=reset)
+    with pytest.raises(ConnectionResetError) as caught:
+        next(draws)
+    line = str(worker_died(caught.value))
+    assert line.startswith(f"DataLoader worker (pid {draws._workers[0].pid}) is killed by signal: ")
+    draws._shutdown_workers()
+    signal.signal(signal.SIGCHLD, handler)
+    for other in (ConnectionResetError(), RuntimeError("else"), FileNotFoundError()):
+        assert worker_died(other) is None
 
 
 @pytest.mark.launch
