@@ -9,7 +9,6 @@ manifest holds size and sha256 of each file; what does not match is not loaded.
 """
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from .errors import UserError, one_line, worker_died
+from .weights.check import sha256_of
 
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -191,19 +191,7 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256") if _HAS_DIGEST else _digest(file)
-    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-_HAS_DIGEST = hasattr(hashlib, "file_digest")  # Python 3.11
-
-
-def _digest(file: Any) -> Any:
-    digest = hashlib.sha256()
-    while block := file.read(2**20):
-        digest.update(block)
-    return digest
+    return {"size": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _sync(path: Path) -> None:

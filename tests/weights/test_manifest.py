@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from metala_vision.errors import WeightsError
-from metala_vision.weights.check import LARGEST_HEADER, check_file, check_tensors, sha256_of
+from metala_vision.models.pretrained import CLASSIFIER, FIRST_CONV
+from metala_vision.weights.check import (
+    FIRST,
+    HEAD,
+    LARGEST_HEADER,
+    check_file,
+    check_tensors,
+    sha256_of,
+)
 from metala_vision.weights.manifest import Entry, Manifest, as_json, parse_manifest
 
 ENTRY = {
@@ -171,6 +179,11 @@ def test_a_damaged_header_never_ends_in_a_traceback(damage, tmp_path_factory):
         assert "\n" not in str(error)
     else:
         assert len(shapes) == 2
+
+
+def test_the_ends_of_a_model_have_one_name():
+    """Written twice: a model imports nothing of the weights until it is asked for some."""
+    assert (f"{FIRST_CONV}.weight", f"{CLASSIFIER}.weight") == (FIRST, HEAD)
 
 
 def test_a_whole_file_has_its_shapes(tmp_path):
