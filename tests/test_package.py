@@ -1,36 +1,19 @@
 """The wheel holds what a checkout holds: kernels and configurations too."""
 
 import re
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests._wheel import build_wheel
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built from a copy of the tracked files, so that nothing is left in the checkout."""
-    folder = tmp_path_factory.mktemp("build")
-    tracked = subprocess.run(
-        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.split("\0")
-    for name in filter(None, tracked):
-        target = folder / "source" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if (ROOT / name).is_symlink():
-            target.symlink_to((ROOT / name).readlink())
-        elif (ROOT / name).exists():
-            target.write_bytes((ROOT / name).read_bytes())
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
-         "--wheel-dir", str(folder), str(folder / "source")],
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    return next(folder.glob("*.whl"))
+    return build_wheel(tmp_path_factory.mktemp("build"))
 
 
 def test_the_wheel_holds_every_module_and_configuration_once(wheel):

@@ -14,9 +14,9 @@ import torch
 
 from metala_vision.evaluate import evaluate_checkpoint
 from metala_vision.weights.source import HERE, shipped
+from tests._wheel import build_wheel
 
 TAGS = list(shipped().weights)
-ROOT = Path(__file__).parents[2]
 # Any connection ends the process with a traceback.
 NO_NETWORK = """
 import socket
@@ -88,23 +88,7 @@ def test_evaluation_reproduces_the_card(tag):
 @pytest.mark.launch
 def test_a_fresh_installation_without_a_network_has_them(tmp_path):
     """From the wheel, in an empty home."""
-    source = tmp_path / "source"
-    names = subprocess.run(
-        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.split("\0")
-    for name in filter(None, names):
-        target = source / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if (ROOT / name).is_symlink():
-            target.symlink_to((ROOT / name).readlink())
-        else:
-            target.write_bytes((ROOT / name).read_bytes())
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
-         "--wheel-dir", str(tmp_path), str(source)],
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+    with zipfile.ZipFile(build_wheel(tmp_path)) as wheel:
         wheel.extractall(tmp_path / "site")
     code = NO_NETWORK + (
         "import timm, torch, metala_vision\n"
