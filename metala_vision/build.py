@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from accelerate import Accelerator
@@ -23,9 +24,11 @@ from .recipe import (
     create_ema,
     create_mixing,
     create_teacher,
+    weigh_classes,
 )
 from .sampling import PROCESS, stream
 from .splits import Split, find_split
+from .transfer import begins_from, choose_trained, fit_head, frozen_modules, lora_scale
 
 # What timm and torch raise for arguments that do not fit a model.
 BUILD_ERRORS = (
@@ -50,6 +53,8 @@ class Built:
     """Over all processes."""
     num_classes: int
     """Outputs of the classifier."""
+    begins_from: str | None = None
+    """The weights, with what became of their classifier."""
 
     @property
     def epochs(self) -> int:
@@ -58,11 +63,35 @@ class Built:
 
     @property
     def parameters(self) -> int:
-        return sum(p.numel() for p in self.training.model.parameters())
+        """Of the model that is left, without adapters."""
+        named = self.training.model.named_parameters()
+        return sum(p.numel() for name, p in named if ".lora_" not in name)
+
+    def summary(self) -> str:
+        """Model, images and machine in a line."""
+        split, accelerator = self.split, self.training.accelerator
+        height, width = self.loaders.preprocessing["input_size"][-2:]
+        trained = sum(p.numel() for p in self.training.model.parameters() if p.requires_grad)
+        some = f" ({trained:,} trained)" if trained != self.parameters else ""
+        origin = f" from {self.begins_from}" if self.begins_from else ""
+        processes = accelerator.num_processes
+        where = accelerator.device.type + (f" x {processes}" if processes > 1 else "")
+        return (
+            f"{self.config.model.model}{origin}: {self.parameters:,} parameters{some}, "
+            f"images {height}x{width}, {split.num_classes} classes, "
+            f"{len(split.train_indices):,} training and {len(split.val_indices):,} held-out "
+            f"images, {where}"
+        )
 
 
-def create_model(config: ModelConfig, num_classes: int) -> nn.Module:
-    """The configured timm model; a mistake in its name or arguments is a UserError."""
+def create_model(
+    config: ModelConfig, num_classes: int, weights: dict[str, Any] | None = None
+) -> nn.Module:
+    """The configured timm model; a mistake in its name or arguments is a UserError.
+
+    Args:
+        weights: arguments that load them, of transfer.begins_from.
+    """
     if not timm.is_model(config.model):
         names = timm.list_models()
         raise UserError(f"unknown model {config.model!r}{nearest(config.model, names)}")
@@ -80,6 +109,7 @@ def create_model(config: ModelConfig, num_classes: int) -> nn.Module:
         "drop_path_rate": config.drop_path_rate,
         "num_classes": config.num_classes or num_classes,
         **config.model_kwargs,
+        **(weights or {}),
     }
     given = {key: value for key, value in given.items() if value is not None}
     try:
@@ -92,9 +122,15 @@ def create_model(config: ModelConfig, num_classes: int) -> nn.Module:
             model = timm.create_model(config.model, **given)  # a CNN: takes any size
         if config.grad_checkpointing:
             model.set_grad_checkpointing()  # pyright: ignore[reportCallIssue]
-    except BUILD_ERRORS as error:
+    except UserError:
+        raise
+    except Exception as error:
+        if not weights and not isinstance(error, BUILD_ERRORS):
+            raise
+        # Reading weights may raise anything.
+        what = "load the weights of" if weights else "build"
         reason = one_line(error) or type(error).__name__
-        raise UserError(f"cannot build {config.model}: {reason}") from error
+        raise UserError(f"cannot {what} {config.model}: {reason}") from error
     return model
 
 
@@ -108,30 +144,39 @@ def collect(config: Config, accelerator: Accelerator) -> Built:
     rank, world = accelerator.process_index, accelerator.num_processes
     set_seed(config.run.seed)
     split = find_split(config.data)
-    model = create_model(config.model, split.num_classes)
+    config.model, weights = begins_from(config.model)
+    model = create_model(config.model, split.num_classes, weights)
+    num_classes = config.model.num_classes or split.num_classes
+    origin = fit_head(model, split.train.classes, num_classes) if weights else None
     loaders = create_loaders(config.data, config.model, model, split, config.run.seed, rank, world)
     own_images = len(loaders.batches.own(0))
     accum = config.optim.grad_accum_steps
-    num_classes = config.model.num_classes or split.num_classes
     mixing = create_mixing(config.data, config.optim, num_classes, config.run.seed, own_images)
     config.data.data_dir = split.root.resolve() if split.root else None
     config.optim.lr = peak_lr(config.optim, config.data.batch_size * world * accum)
+    if config.model.pretrained_path is not None:
+        config.model.pretrained_path = config.model.pretrained_path.absolute()
     config.model.img_size = loaders.preprocessing["input_size"][-1]
     teacher = create_teacher(config.optim, config.model, num_classes, loaders.preprocessing)
     memory_format = torch.channels_last if config.model.channels_last else torch.contiguous_format
     model.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
+    choose_trained(model, config.model)
     optimizer = create_optimizer(model, config.optim, config.optim.lr)
+    counts = np.bincount([split.train.targets[i] for i in split.train_indices], None, num_classes)
+    class_weights = weigh_classes(config.optim, counts)
     steps_per_epoch = steps_of(len(loaders.train), accum)
     training = Training(
-        model, create_criterion(config.optim, mixing is not None), optimizer,
+        model, create_criterion(config.optim, mixing is not None, class_weights), optimizer,
         create_scheduler(optimizer, config.optim, steps_per_epoch), accelerator,
         run_length(config.optim, steps_per_epoch), config.optim.clip_grad, config.run.log_interval,
-        accum, mixing, teacher, memory_format=memory_format,
+        accum, mixing, teacher, memory_format=memory_format, frozen=frozen_modules(model),
+        lora_scale=lora_scale(config.model) if config.model.lora_rank else None,
     )  # fmt: skip
     images_per_step = own_images * world * min(accum, len(loaders.train))
     return Built(
-        config, split, loaders, training, model, steps_per_epoch, images_per_step, num_classes
-    )
+        config, split, loaders, training, model, steps_per_epoch, images_per_step, num_classes,
+        origin,
+    )  # fmt: skip
 
 
 def join(built: Built) -> None:

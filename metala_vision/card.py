@@ -17,7 +17,7 @@ def write_card(run_dir: Path, name: str, facts: dict[str, Any]) -> None:
     Args:
         name: of the run.
         facts: model, parameters, input_size, classes, dataset, images, top1, top5, best_top1,
-            best_epoch, epochs, steps.
+            best_epoch, epochs, steps, begins_from (or None).
     Raises:
         UserError: where it cannot be written.
     """
@@ -46,6 +46,7 @@ def write_card(run_dir: Path, name: str, facts: dict[str, Any]) -> None:
 |---|---|
 | parameters | {facts["parameters"]:,} |
 | images | {height}x{width}, {facts["classes"]} classes, {facts["dataset"]} |
+| began from | {facts["begins_from"] or "nothing"} |
 | top-1, top-5 after the last epoch | {last} |
 | best top-1 | {best} (chosen on the same images) |
 | trained | {facts["epochs"]} epochs, {facts["steps"]:,} steps, from {environment["started"]} |

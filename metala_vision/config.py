@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -52,6 +53,11 @@ def _sides(pair: tuple[float, float]) -> tuple[float, float]:
     return pair
 
 
+def _only(values: Any) -> Any:
+    """The command line's list of a single word."""
+    return values[0] if isinstance(values, list) and values == ["balanced"] else values
+
+
 DATASETS = ("folder", "tar", "wds", "hfds", "digits")
 DatasetName = Annotated[str, AfterValidator(_dataset)]
 Channels = Annotated[int, AfterValidator(_channels)]
@@ -59,6 +65,8 @@ UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 Range = Annotated[tuple[float, float], AfterValidator(_range)]
 Places = Annotated[tuple[int, int], AfterValidator(_places)]
 Sides = Annotated[tuple[float, float], AfterValidator(_sides)]
+Weights = Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
+ClassWeights = Annotated[Literal["balanced"] | Weights | None, BeforeValidator(_only)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
@@ -110,7 +118,9 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """Which model, and how it differs from its default."""
+    """Which model, how it differs from its default, what it begins from and what is trained."""
+
+    NEEDS = {"lora_alpha": ("lora_rank",), "lora_target": ("lora_rank",)}
 
     model: str = "metala_tiny"
     """Any model registered with timm."""
@@ -122,6 +132,20 @@ class ModelConfig(Section):
     """Channels of the images: 3 colour, 1 grey."""
     num_classes: PositiveInt | None = None
     """Classifier outputs; null counts the classes of the data."""
+    pretrained: bool = False
+    """Begin from the model's pretrained weights; MODEL.TAG names one of several."""
+    pretrained_path: UserPath | None = None
+    """Begin from these: a checkpoint's folder, as RUN/best, or a safetensors file."""
+    freeze_layers: NonNegativeInt = 0
+    """Leave as many layers as they are: 1 the stem, 2 the first block too, ..."""
+    linear_probe: bool = False
+    """Train the classifier alone."""
+    lora_rank: PositiveInt | None = None
+    """Train the classifier, and of linear layers only an addition of this rank (LoRA)."""
+    lora_alpha: PositiveFloat | None = None
+    """Strength of the addition, alpha / rank; null is the rank."""
+    lora_target: str | None = None
+    """Pattern of the names of those layers; null is all."""
     drop_path_rate: Rate | None = None
     """Stochastic depth at the last block; null is the model's own."""
     grad_checkpointing: bool = False
@@ -132,6 +156,15 @@ class ModelConfig(Section):
     """Compile the whole model, or each block."""
     model_kwargs: dict[str, Any] = {}
     """Further arguments of the model, as key=value."""
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> Self:
+        for keys in (("pretrained", "pretrained_path"),
+                     ("freeze_layers", "linear_probe", "lora_rank")):  # fmt: skip
+            given = [f"{key}={getattr(self, key)}" for key in keys if getattr(self, key)]
+            if len(given) > 1:
+                raise ValueError(f"{' and '.join(given)} are given, one of them is accepted")
+        return self
 
 
 class DataConfig(Section):
@@ -254,6 +287,8 @@ class OptimConfig(Section):
     """Batches of an optimizer step."""
     smoothing: Rate = 0.0
     """Label smoothing."""
+    class_weights: ClassWeights = None
+    """Of the loss of an image, by its class: balanced (all classes alike), or a number for each."""
     bce_loss: bool = False
     """A binary cross entropy for each class."""
     bce_target_thresh: Rate | None = None
@@ -313,6 +348,8 @@ class RunConfig(Section):
     """Steps in a row whose loss or gradient may be infinite or nan; they are skipped."""
     eval_interval: PositiveInt = 1
     """Evaluate and save every so many epochs, and at the end."""
+    patience: PositiveInt | None = None
+    """Stop after as many evaluations in a row without a better top-1; null goes on to the end."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Write the metrics there too; wandb takes its settings from its own variables."""
     log_interval: PositiveInt = 10

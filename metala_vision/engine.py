@@ -101,6 +101,10 @@ class Training:
     teacher: Teacher | None = None
     ema: ModelEmaV3 | None = None
     memory_format: torch.memory_format = torch.contiguous_format
+    frozen: list[nn.Module] = field(default_factory=list)
+    """Parts of the model that are not trained."""
+    lora_scale: float | None = None
+    """Of transfer.add_lora, where the model has adapters."""
     step: int = 0
     """Optimizer steps taken."""
     epoch: int = 0
@@ -187,6 +191,8 @@ def train_epoch(run: Training, loader: DataLoader, hooks: Hooks | None = None) -
     hooks = hooks or Hooks()
     model, optimizer, accelerator = run.model, run.optimizer, run.accelerator
     model.train()
+    for part in run.frozen:
+        part.eval()
     batches, accum = len(loader), run.grad_accum_steps
     steps = steps_of(batches, accum)
     first_step = run.step - run.place // accum

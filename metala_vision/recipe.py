@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
@@ -55,8 +56,61 @@ def create_mixing(
     return Mixing(config, optim.smoothing, num_classes, seed)
 
 
-def create_criterion(optim: OptimConfig, mixed: bool) -> nn.Module:
+class WeightedCrossEntropy(nn.Module):
+    """Cross entropy of labels, or of distributions, each class with its weight.
+
+        loss = 1/B sum_i sum_c w_c t_ic (-log p_ic)
+
+    Over the number of images, not the sum of their weights, which differs from batch to batch.
+
+    Args:
+        weights: w [classes].
+        smoothing: e, of labels: t = (1 - e) onehot + e / classes.
+    """
+
+    def __init__(self, weights: Tensor, smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.weights = nn.Buffer(weights)
+        self.smoothing = smoothing
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        weights = self.weights.to(logits)
+        smoothing = 0.0 if target.is_floating_point() else self.smoothing
+        loss = F.cross_entropy(
+            logits, target, weights, label_smoothing=smoothing, reduction="sum"
+        )  # fmt: skip
+        return loss / len(logits)
+
+
+def weigh_classes(optim: OptimConfig, counts: np.ndarray) -> Tensor | None:
+    """The weight of each class in the loss; None where there are none.
+
+    "balanced" is n / (classes n_c), with which the mean over the images is 1.
+
+    Args:
+        counts: n_c, of the training images.
+    Raises:
+        UserError: for another number of weights than of classes, and beside bce_loss.
+    """
+    given = optim.class_weights
+    if given is None:
+        return None
+    if optim.bce_loss:
+        raise UserError(f"optim.class_weights={given}: not with bce_loss, whose classes are alone")
+    if given == "balanced":
+        present = np.count_nonzero(counts)
+        given = [counts.sum() / (present * count) if count else 0.0 for count in counts]
+    if len(given) != len(counts):
+        raise UserError(f"optim.class_weights has {len(given)} numbers for {len(counts)} classes")
+    return torch.tensor(given, dtype=torch.float32)
+
+
+def create_criterion(
+    optim: OptimConfig, mixed: bool, class_weights: Tensor | None = None
+) -> nn.Module:
     """Cross entropy, or a binary one for each class; of distributions where images are mixed."""
+    if class_weights is not None:
+        return WeightedCrossEntropy(class_weights, 0.0 if mixed else optim.smoothing)
     if optim.bce_loss:
         # Mixed labels are smoothed already.
         smoothing = 0.0 if mixed else optim.smoothing

@@ -12,6 +12,7 @@ from .checkpoint import FORMAT
 from .engine import Training
 from .errors import UserError, one_line
 from .processes import gathered, is_sharded
+from .transfer import merged
 
 
 def rng_state() -> dict[str, Any]:
@@ -60,6 +61,12 @@ def weights_of(run: Training) -> dict[str, torch.Tensor]:
     return run.accelerator.unwrap_model(run.model).state_dict()
 
 
+def published_weights(run: Training) -> dict[str, torch.Tensor]:
+    """What timm loads: the average where there is one, adapters merged."""
+    state = weights_of(run) if run.ema is None else run.ema.module.state_dict()
+    return state if run.lora_scale is None else merged(state, run.lora_scale)
+
+
 def training_state(run: Training) -> dict[str, Any]:
     """Optimizer, scaler, position and, of each process, random numbers and sums.
 
@@ -90,8 +97,10 @@ def training_state(run: Training) -> dict[str, Any]:
         "scaler": None if scaler is None else scaler.state_dict(),
         "processes": gathered(run.accelerator, [own]),
     }
-    if run.ema is not None:  # the folder's model is the average
+    if run.ema is not None or run.lora_scale is not None:  # the folder's model is another
         state["model"] = weights_of(run)
+    if run.ema is not None and run.lora_scale is not None:
+        state["average"] = run.ema.module.state_dict()
     return state
 
 
@@ -112,8 +121,8 @@ def restore(run: Training, weights: dict[str, torch.Tensor], state: dict[str, An
         )
     try:
         if run.ema is not None:
-            run.ema.module.load_state_dict(weights)
-            weights = state["model"]
+            run.ema.module.load_state_dict(state.get("average", weights))
+        weights = state.get("model", weights)
         if is_sharded(run.model):
             from torch.distributed.checkpoint.state_dict import set_state_dict
 

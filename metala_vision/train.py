@@ -30,7 +30,7 @@ from .errors import (
 from .plots import learning_curve
 from .processes import Signals, agree, create_accelerator, gathered, is_of_the_network
 from .run_folder import RunFolder, read_metrics, resumed_config
-from .state import restore, share_buffers, training_state, weights_of
+from .state import published_weights, restore, share_buffers, training_state
 from .trackers import check_trackers, start_trackers, track
 
 # Without a progress bar (output to a file), a line is printed this often, in seconds.
@@ -167,7 +167,7 @@ class Run:
                 if training.step and self.is_evaluation_due():
                     self.save()
                     self.evaluate()
-                if training.step >= training.last_step:
+                if training.step >= training.last_step or self.is_exhausted():
                     break
                 built.loaders.batches.set_epoch(training.epoch, training.place)
                 train_epoch(training, built.loaders.train, hooks)
@@ -198,14 +198,7 @@ class Run:
 
     def introduce(self) -> None:
         built, config, training = self.built, self.config, self.training
-        height, width = built.loaders.preprocessing["input_size"][-2:]
-        processes = self.accelerator.num_processes
-        where = self.accelerator.device.type + (f" x {processes}" if processes > 1 else "")
-        self.say(
-            f"{config.model.model}: {built.parameters:,} parameters, images {height}x{width}, "
-            f"{built.split.num_classes} classes, {len(built.split.train_indices):,} training and "
-            f"{len(built.split.val_indices):,} held-out images, {where}"
-        )
+        self.say(built.summary())
         if self.folder is not None:
             self.say(
                 f"{training.last_step} steps in {built.epochs} epochs, peak lr "
@@ -263,14 +256,23 @@ class Run:
             return True
         return training.place == 0 and training.epoch % self.config.run.eval_interval == 0
 
+    def is_exhausted(self) -> bool:
+        """Whether run.patience evaluations in a row brought no better top-1."""
+        patience = self.config.run.patience
+        if patience is None or not self.evaluations:
+            return False
+        best, *_ = self.best()
+        if sum(step > best for step in self.evaluations) < patience:
+            return False
+        self.say(f"ended by patience={patience}: no better top-1 since step {best}")
+        return True
+
     def save(self) -> None:
         """Write a checkpoint of this step, unless there is one."""
         training = self.training
         if self.saved_step == training.step:
             return
-        state, weights = training_state(training), weights_of(training)
-        if training.ema is not None:
-            weights = training.ema.module.state_dict()
+        state, weights = training_state(training), published_weights(training)
         if self.folder is not None:
             state |= {
                 "data": self.built.split.fingerprint,
@@ -333,7 +335,8 @@ class Run:
             "input_size": built.loaders.preprocessing["input_size"],
             "classes": built.split.num_classes, "dataset": self.config.data.dataset,
             "images": last.images, "top1": last.top1, "top5": last.top5, "best_top1": best.top1,
-            "best_epoch": best_epoch, "epochs": built.epochs, "steps": self.training.last_step,
+            "best_epoch": best_epoch, "epochs": self.evaluations[self.training.step][0],
+            "steps": self.training.step, "begins_from": built.begins_from,
         }  # fmt: skip
         if self.folder is not None:
             write_card(self.path, self.name, facts)

@@ -25,6 +25,7 @@ from metala_vision.errors import UserError, WeightsError, one_line
 from metala_vision.evaluate import evaluate_checkpoint, load_model
 from metala_vision.files import write_text
 from metala_vision.run_folder import METRICS_FILE, read_metrics
+from metala_vision.transfer import lora_scale, merged
 from metala_vision.weights.check import sha256_of
 from metala_vision.weights.manifest import (
     MANIFEST_FILE,
@@ -183,7 +184,10 @@ def _read(wanted: Publication) -> tuple[nn.Module, dict[str, Tensor], dict[str, 
     if not wanted.ema:
         if not config.optim.model_ema:
             raise UserError(f"--no-ema: the run in {run} averages no weights")
-        weights = {name: x.contiguous() for name, x in state["model"].items()}
+        weights = state["model"]
+        if config.model.lora_rank:
+            weights = merged(weights, lora_scale(config.model))
+        weights = {name: x.contiguous() for name, x in weights.items()}
     metrics = read_metrics(run)
     steps = [x for x in metrics if x["event"] == "train" and x["step"] <= state["step"]]
     scored = [x for x in metrics if x["event"] == "eval" and x["step"] == state["step"]]
