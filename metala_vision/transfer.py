@@ -126,7 +126,7 @@ def fit_head(model: nn.Module, classes: list[str], num_classes: int) -> str:
     if not kept:
         for key in ("label_names", "label_descriptions"):
             cfg.pop(key, None)
-    tag, file = cfg.get("tag"), cfg.get("file")
+    tag, file = cfg.pop("tag", None), cfg.get("file")  # it will be neither
     name = f"its weights {tag}" if tag else str(file) if file else "its weights"
     return f"{name}, {'their' if kept else 'a new'} classifier"
 

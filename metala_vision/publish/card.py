@@ -39,8 +39,8 @@ def as_card(
 
     Args:
         name: of the weights.
-        facts: model, parameters, dtype, step, finished, epochs, hours, ema, as (whose the metrics
-            are) and files (that lie beside it).
+        facts: model, began_from, parameters, dtype, step, finished, epochs, hours, ema, as (whose
+            the metrics are) and files (that lie beside it).
         environments: of the run's start, and of each time it was resumed.
     """
     front: dict[str, Any] = {
@@ -68,6 +68,7 @@ def as_card(
         ("model", f"{facts['model']}, {facts['parameters']:,} parameters"),
         ("images", f"{height}x{width}, {channels} channels, {entry.num_classes} classes"),
         ("trained on", entry.dataset),
+        ("began from", facts["began_from"]),
         ("top-1, top-5", quality),
         ("length", f"{facts['step']:,} steps, {facts['epochs']:.1f} epochs, "
                    f"{facts['hours']:.2f} hours" + ("" if facts["finished"] else ", unfinished")),

@@ -20,6 +20,7 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from metala_vision.checkpoint import CONFIG_FILE, MODEL_FILE, load_state, load_weights, verify
+from metala_vision.config import ModelConfig
 from metala_vision.config_file import load_config
 from metala_vision.errors import UserError, WeightsError, one_line
 from metala_vision.evaluate import evaluate_checkpoint, load_model
@@ -195,7 +196,8 @@ def _read(wanted: Publication) -> tuple[nn.Module, dict[str, Tensor], dict[str, 
     if not names:
         raise UserError(f"{run} is no run: environment.json is missing")
     facts = {
-        "config": config, "model": config.model.model, "dtype": wanted.dtype,
+        "config": config, "model": config.model.model.partition(".")[0],
+        "began_from": _origin(config.model), "dtype": wanted.dtype,
         "parameters": sum(p.numel() for p in model.parameters()),
         "step": state["step"], "finished": (run / "result.json").is_file(),
         "epochs": max((x["epoch"] for x in steps), default=0.0),
@@ -206,6 +208,13 @@ def _read(wanted: Publication) -> tuple[nn.Module, dict[str, Tensor], dict[str, 
         "environments": [json.loads(path.read_text(encoding="utf-8")) for path in names],
     }  # fmt: skip
     return model, weights, facts
+
+
+def _origin(config: ModelConfig) -> str:
+    """What the run began from, without the path of a machine."""
+    if config.pretrained_path is not None:
+        return f"other weights, {'/'.join(config.pretrained_path.parts[-2:])}"
+    return f"the pretrained weights of {config.model}" if config.pretrained else "nothing"
 
 
 def _precision(dtype: str, mixed_precision: str) -> str:

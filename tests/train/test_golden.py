@@ -24,7 +24,8 @@ def losses(name, folder) -> list[float]:
     config = load_config(name)
     config.data = config.data.model_copy(
         update={"dataset": "digits", "data_dir": None, "val_fraction": 0.02, "batch_size": 8,
-                "class_range": None, "workers": 0}
+                "class_range": None, "workers": 0, "val_split": None, "input_key": None,
+                "target_key": None}
     )  # fmt: skip
     config.model.img_size = 32
     if name != "quickstart":

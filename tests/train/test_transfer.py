@@ -1,0 +1,511 @@
+"""Training that begins from weights: what is loaded, what is trained, what is left behind."""
+
+import json
+import math
+import shutil
+import sys
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+
+import metala_vision
+from metala_vision.build import collect, create_model
+from metala_vision.cli import main
+from metala_vision.config import Config, DataConfig, ModelConfig, OptimConfig
+from metala_vision.data import create_loaders
+from metala_vision.engine import train_epoch
+from metala_vision.errors import UserError
+from metala_vision.evaluate import load_model
+from metala_vision.models import FAMILIES
+from metala_vision.optim import create_optimizer
+from metala_vision.recipe import WeightedCrossEntropy, weigh_classes
+from metala_vision.run_folder import read_metrics
+from metala_vision.transfer import (
+    begins_from,
+    choose_trained,
+    fit_head,
+    frozen_modules,
+    hidden_kernels,
+    layers_of,
+    lora_scale,
+    merged,
+)
+from tests.conftest import SMALL_MODEL
+from tests.train._runs import assert_same_run, metrics
+
+NANO = ("--model", "metala_nano", "--img-size", "32", "--patch-size", "8")
+SMALL = {"embed_dim": 32, "depth": 2}
+
+
+def run_train(tree, run_dir, *flags, model=NANO, steps=3):
+    """Weights before the first step, the weights of `last`, and its config.json."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    flags = [
+        *model, "--data-dir", tree, "--run-dir", run_dir, "--workers", "0", "--batch-size", "12",
+        "--epochs", "1", "--max-steps", steps, "--lr", "1e-2", "--warmup-epochs", "0", *flags,
+    ]  # fmt: skip
+    assert main(["train", *map(str, flags)]) == 0
+    return load_file(run_dir / "last/model.safetensors"), json.loads(
+        (run_dir / "last/config.json").read_text()
+    )
+
+
+def shipped(**kwargs):
+    return timm.create_model("metala_nano", pretrained=True, num_classes=3, patch_size=8, **kwargs)
+
+
+def small(family="metala", **config):
+    """A model of that family, and its configuration."""
+    kwargs = {**SMALL, "num_heads": 1}
+    if family in ("lru", "hgrn", "mamba"):
+        kwargs.pop("num_heads")
+    config = ModelConfig(
+        model=f"{family}_nano", img_size=32, patch_size=8, model_kwargs=kwargs, **config
+    )
+    return create_model(config, 3), config
+
+
+# What it begins from
+
+
+def test_a_run_begins_from_the_shipped_weights(digit_tree, tmp_path):
+    saved, described = run_train(
+        digit_tree, tmp_path / "run", "--pretrained", "--lr", "1e-12", "--weight-decay", "0"
+    )
+    for name, value in shipped().state_dict().items():
+        if not name.startswith("head."):
+            torch.testing.assert_close(saved[name], value, rtol=0, atol=1e-10)
+    assert described["label_names"] == ["digit0", "digit1", "digit2"]
+    text = (tmp_path / "run/last/config.json").read_text()
+    assert "weights/" not in text and "n01443537" not in text and '"tag"' not in text
+    card = (tmp_path / "run/README.md").read_text()
+    assert "| began from | its weights tiny_imagenet, a new classifier |" in card
+
+
+def test_from_scratch_begins_with_none_of_them(digit_tree, tmp_path):
+    saved, _ = run_train(digit_tree, tmp_path / "run", "--lr", "1e-12")
+    name = "blocks.0.mlp.fc1.weight"
+    assert not torch.allclose(saved[name], shipped().state_dict()[name], atol=1e-2)
+
+
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_a_run_begins_from_another(what, digit_tree, tmp_path):
+    model = (*NANO, "--model-kwargs", "embed_dim=32", "depth=2", "num_heads=1", "tau=8",
+             "direction=forward")  # fmt: skip
+    first, _ = run_train(
+        digit_tree, tmp_path / "first", "--mean", "0.3", "--std", "0.4", "--crop-pct", "0.7",
+        model=model,
+    )  # fmt: skip
+    path = tmp_path / "first/last" / ("" if what == "folder" else "model.safetensors")
+    # A folder tells the model, its sizes and arguments; of a file they must be given.
+    told = () if what == "folder" else model
+    second, described = run_train(
+        digit_tree, tmp_path / "second", "--pretrained-path", path, "--lr", "1e-12",
+        "--weight-decay", "0", model=told,
+    )  # fmt: skip
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=0, atol=1e-10)  # the head too
+    assert described["architecture"] == "metala_nano"
+    args = described["model_args"]
+    assert (args["tau"], args["direction"], args["patch_size"]) == (8, "forward", 8)
+    if what == "folder":
+        cfg = described["pretrained_cfg"]
+        assert (cfg["mean"], cfg["crop_pct"], cfg["input_size"][1:]) == ([0.3] * 3, 0.7, [32, 32])
+    config = (tmp_path / "second/config.yaml").read_text()
+    assert "tau: 8" in config and str(path).rstrip("/") in config
+
+
+def test_what_is_given_overrides_what_a_folder_tells(digit_tree, tmp_path):
+    run_train(digit_tree, tmp_path / "run", model=SMALL_MODEL)
+    config = ModelConfig(
+        pretrained_path=tmp_path / "run/last", patch_size=4, model_kwargs={"tau": 4}
+    )
+    resolved, weights = begins_from(config)
+    assert (resolved.model, resolved.patch_size, resolved.img_size) == ("metala_nano", 4, 32)
+    assert resolved.model_kwargs == {"embed_dim": 32, "depth": 2, "num_heads": 1, "tau": 4}
+    assert create_model(resolved, 5, weights).patch_embed.proj.weight.shape == (32, 3, 4, 4)
+
+
+def test_the_classifier_is_kept_for_the_same_classes_alone():
+    def model(names):
+        built = timm.create_model("metala_nano", num_classes=3, **SMALL, num_heads=1)
+        built.pretrained_cfg = {"num_classes": 3, "label_names": names, "tag": "x"}
+        return built
+
+    names = ["a", "b", "c"]
+    for known, classes, kept in (
+        (names, names, True), (tuple(names), names, True), (None, names, True),
+        (names, ["a", "c", "b"], False), (names, ["d", "e", "f"], False),
+    ):  # fmt: skip
+        built = model(known)
+        before = built.head.fc.weight.clone()
+        told = fit_head(built, classes, 3)
+        assert built.head.fc.weight.equal(before) == kept
+        assert told == f"its weights x, {'their' if kept else 'a new'} classifier"
+        assert kept or "label_names" not in built.pretrained_cfg
+
+
+def test_a_model_of_timm_begins_from_a_file_with_another_head(tmp_path):
+    before = timm.create_model("test_vit", num_classes=7)
+    save_file(before.state_dict(), tmp_path / "model.safetensors")
+    config, weights = begins_from(
+        ModelConfig(model="test_vit", pretrained_path=tmp_path / "model.safetensors")
+    )
+    after = create_model(config, 4, weights)
+    assert after.head.weight.shape[0] == 4
+    assert after.blocks[0].attn.qkv.weight.equal(before.blocks[0].attn.qkv.weight)
+
+
+@pytest.mark.parametrize("kind", ["grey", "larger", "finer"])
+def test_another_size_channel_and_patch(kind, digit_tree, tmp_path):
+    flags = {"grey": ("--in-chans", "1", "--mean", "0.3", "--std", "0.4"),
+             "larger": ("--img-size", "64"), "finer": ("--patch-size", "4")}[kind]  # fmt: skip
+    saved, _ = run_train(
+        digit_tree, tmp_path / "run", "--pretrained", "--lr", "1e-12", *flags, steps=1
+    )
+    shape = {"grey": (128, 1, 8, 8), "larger": (128, 3, 8, 8), "finer": (128, 3, 4, 4)}[kind]
+    assert saved["patch_embed.proj.weight"].shape == shape
+
+
+# What is trained
+
+
+def test_a_linear_probe_leaves_the_backbone_as_it_is(digit_tree, tmp_path):
+    flags = ("--pretrained", "--linear-probe", "--drop-path-rate", "0.5")
+    saved, _ = run_train(digit_tree, tmp_path / "run", *flags)
+    for name, value in shipped().state_dict().items():
+        assert saved[name].equal(value) != name.startswith("head."), name
+
+
+def test_a_linear_probe_leaves_moving_statistics_as_they_are(digit_tree, tmp_path):
+    saved, _ = run_train(
+        digit_tree, tmp_path / "run", "--linear-probe",
+        model=("--model", "test_resnet", "--img-size", "32"),
+    )  # fmt: skip
+    assert saved["bn1.num_batches_tracked"] == 0 and saved["bn1.running_mean"].eq(0).all()
+    trained, _ = run_train(
+        digit_tree, tmp_path / "whole", model=("--model", "test_resnet", "--img-size", "32")
+    )
+    assert trained["bn1.num_batches_tracked"] == 3  # the guard can fail
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_frozen_layers_get_no_gradient_and_stay(layers, digit_tree, tmp_path):
+    saved, _ = run_train(digit_tree, tmp_path / "run", "--pretrained", "--freeze-layers", layers)
+    frozen = ["patch_embed.", *(f"blocks.{i}." for i in range(layers - 1))]
+    for name, value in shipped().state_dict().items():
+        assert saved[name].equal(value) == name.startswith(tuple(frozen)), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_of_every_family_the_rest_learns(family):
+    model, config = small(family, freeze_layers=2)
+    choose_trained(model, config)
+    model(torch.randn(2, 3, 32, 32)).square().mean().backward()
+    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
+    layers = layers_of(model)
+    assert with_gradient == {name for name, layer in layers.items() if layer >= 2}
+    assert {layers[name] for name in layers if name.startswith("blocks.1.")} == {2}
+    assert layers["patch_embed.proj.weight"] == 0 and layers["head.fc.weight"] == 3
+
+
+def test_layers_are_those_of_layer_decay():
+    model, _ = small()
+    layers = layers_of(model)
+    optimizer = create_optimizer(model, OptimConfig(layer_decay=0.5), 1.0)
+    scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert scales[id(parameter)] == 0.5 ** (max(layers.values()) - layers[name]), name
+
+
+def test_what_is_frozen_is_in_evaluation_mode(digit_tree, tmp_path):
+    config = Config.model_validate({
+        "model": {"model": "metala_nano", "img_size": 32, "patch_size": 8, "freeze_layers": 2,
+                  "drop_path_rate": 0.5, "model_kwargs": {**SMALL, "num_heads": 1}},
+        "data": {"data_dir": digit_tree, "workers": 0, "batch_size": 12},
+        "optim": {"epochs": 1, "max_steps": 1}, "run": {"run_dir": tmp_path / "run"},
+    })  # fmt: skip
+    built = collect(config, Accelerator(cpu=True))
+    train_epoch(built.training, built.loaders.train)
+    model = built.training.model
+    assert model.training and model.blocks[1].training and model.head.training
+    assert not any(
+        m.training for part in (model.patch_embed, model.blocks[0]) for m in part.modules()
+    )
+    assert frozen_modules(model) == [model.patch_embed, model.blocks[0]]
+
+
+def lora(family="metala", **given):
+    """A model with adapters that do something, and its scale."""
+    model, config = small(family, lora_rank=4, **given)
+    choose_trained(model, config)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval(), lora_scale(config)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_trains_its_parameters_and_merges_to_the_same_outputs(family):
+    plain, _ = small(family)
+    model, scale = lora(family, lora_alpha=8.0)
+    assert scale == 2
+    images = torch.randn(4, 3, 32, 32)
+    out = model(images)
+    out.square().mean().backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert trained == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert all(".lora_" in name or name.startswith("head.fc.") for name in trained)
+    linear = {n for n, m in plain.named_modules() if isinstance(m, torch.nn.Linear)} - {"head.fc"}
+    assert {n.split(".lora_")[0] for n in trained if ".lora_" in n} == linear
+    state = merged(model.state_dict(), scale)
+    assert state.keys() == plain.state_dict().keys()
+    plain.load_state_dict(state)
+    torch.testing.assert_close(plain.eval()(images), out, rtol=1e-5, atol=1e-5)
+    without = merged(model.state_dict(), 0.0)
+    plain.load_state_dict(without)
+    assert (plain(images) - out).abs().max() > 1e-3  # they did something
+
+
+def test_a_merged_weight_is_its_equation():
+    model, scale = lora(lora_alpha=6.0)
+    state, name = model.state_dict(), "blocks.1.mlp.fc2"
+    a, b = (state[f"{name}.lora_{x}.default.weight"].double() for x in "AB")
+    expected = state[f"{name}.base_layer.weight"].double() + 6 / 4 * b @ a
+    found = merged(state, scale)[f"{name}.weight"]
+    # A product of four terms and a sum, in float32.
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=8 * 2**-24)
+
+
+def test_a_target_chooses_the_layers():
+    model, _ = lora(lora_target=r".*\.mlp\.fc\d")
+    names = {n.split(".lora_")[0] for n in model.state_dict() if ".lora_" in n}
+    assert names == {f"blocks.{i}.mlp.fc{j}" for i in (0, 1) for j in (1, 2)}
+
+
+@pytest.mark.parametrize("ema", [(), ("--model-ema", "--model-ema-decay", "0.5")])
+def test_a_lora_run_leaves_a_plain_model_and_goes_on_as_itself(ema, digit_tree, tmp_path):
+    flags = ("--pretrained", "--lora-rank", "4", "--checkpoint-minutes", "1e-9", *ema)
+    whole = tmp_path / "whole"
+    saved, _ = run_train(digit_tree, whole, *flags)
+    base = shipped()
+    assert saved.keys() == base.state_dict().keys()
+    changed = {n for n, x in base.state_dict().items() if not saved[n].equal(x)}
+    linear = {n for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert changed == {f"{name}.weight" for name in linear} | {"head.fc.bias"}
+    loaded = load_model(str(whole / "last"))
+    assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in base.parameters())
+    # What the run has evaluated is what it left.
+    split = DataConfig(data_dir=digit_tree, workers=0, batch_size=12)
+    config = ModelConfig(model="metala_nano", img_size=32)
+    from metala_vision.engine import evaluate
+    from metala_vision.splits import find_split
+
+    loaders = create_loaders(split, config, loaded, find_split(split), 0)
+    figures = evaluate(loaded, loaders.val, Accelerator(cpu=True))
+    told = [x for x in read_metrics(whole) if x["event"] == "eval"][-1]
+    assert figures.loss == pytest.approx(told["loss"], rel=1e-5)
+    assert figures.top1 == told["top1"]
+    broken = tmp_path / "broken"
+    shutil.copytree(whole, broken, symlinks=True)
+    shutil.rmtree(broken / "checkpoints/step-00000003")
+    resumed, _ = run_train(digit_tree, broken, *flags, "--resume", "auto")
+    assert_same_run(broken, whole)
+    assert resumed.keys() == saved.keys()
+
+
+def test_a_lora_run_is_published_with_its_average_and_without(digit_tree, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "out"
+    run_train(digit_tree, run, "--pretrained", "--lora-rank", "2", "--model-ema")
+    state = torch.load(run / "last/training_state.pt", weights_only=True)
+    for flags, expected in (
+        ((), load_file(run / "last/model.safetensors")),
+        (("--no-ema", "--replace"), merged(state["model"], 1.0)),
+    ):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        arguments = ["weights", "publish", run, "--out", out, "--license", "cc-by-nc-4.0", *flags]
+        assert main(list(map(str, arguments))) == 0
+        published = load_file(out / "model.safetensors")
+        assert published.keys() == expected.keys()
+        assert all(published[name].equal(value) for name, value in expected.items())
+    card = (out / "README.md").read_text()
+    assert "| began from | the pretrained weights of metala_nano |" in card
+    assert load_model(str(out)).num_classes == 3
+
+
+def test_peft_is_asked_for_without_a_traceback(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    model, config = small(lora_rank=2)
+    with pytest.raises(UserError, match=r"needs peft, pip install 'metala-vision\[lora\]"):
+        choose_trained(model, config)
+
+
+def test_our_folder_is_hidden_from_others_and_comes_back():
+    with hidden_kernels(), pytest.raises(ImportError):
+        import kernels  # noqa: F401, TID251
+    assert "kernels" not in sys.modules
+    assert metala_vision.kernels is sys.modules["metala_vision.kernels"]
+
+
+# The loss, and the end
+
+
+def test_balanced_weights_make_classes_alike():
+    import numpy as np
+
+    counts = np.array([10, 30, 0, 60])
+    weights = weigh_classes(OptimConfig(class_weights="balanced"), counts).double()
+    torch.testing.assert_close(
+        weights, torch.tensor([100 / 30, 100 / 90, 0, 100 / 180]).double(), rtol=1e-6, atol=0
+    )
+    assert math.isclose((weights * torch.tensor(counts)).sum() / counts.sum(), 1, rel_tol=1e-6)
+    assert weigh_classes(OptimConfig(), counts) is None
+    own = weigh_classes(OptimConfig(class_weights=(1, 2, 3, 4)), counts)
+    assert own.tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_weighted_cross_entropy_is_its_equation(smoothing):
+    torch.manual_seed(0)
+    logits, weights = torch.randn(6, 4, dtype=torch.float64), torch.tensor([1.0, 2.0, 0.5, 3.0])
+    labels = torch.tensor([0, 1, 2, 3, 3, 1])
+    target = (1 - smoothing) * F.one_hot(labels, 4).double() + smoothing / 4
+    expected = -(weights * target * logits.log_softmax(1)).sum() / 6
+    loss = WeightedCrossEntropy(weights, smoothing)
+    assert loss(logits, labels).item() == pytest.approx(expected.item(), rel=1e-12)
+    assert loss(logits, target).item() == pytest.approx(expected.item(), rel=1e-12)  # mixed
+
+
+def test_class_weights_reach_the_loss(digit_tree, tmp_path):
+    def first_loss(name, *flags):
+        run_train(digit_tree, tmp_path / name, "--log-interval", "1", *flags, model=SMALL_MODEL)
+        return next(x["loss"] for x in read_metrics(tmp_path / name) if x["event"] == "train")
+
+    plain = first_loss("plain")
+    assert first_loss("same", "--class-weights", "balanced") == pytest.approx(plain, rel=1e-5)
+    twice = first_loss("twice", "--class-weights", "2", "2", "2")
+    assert twice == pytest.approx(2 * plain, rel=1e-5)
+
+
+def test_patience_ends_a_run_and_a_resumed_one_at_the_same_step(digit_tree, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    flags = ("--lr", "1e-12", "--epochs", "9", "--max-steps", "27", "--patience", "2")
+    run_train(digit_tree, run_dir, *flags, model=SMALL_MODEL)  # learns nothing: top-1 never rises
+    evals = [x for x in metrics(run_dir) if x["event"] == "eval"]
+    assert [x["epoch"] for x in evals] == [1, 2, 3]
+    assert "ended by patience=2: no better top-1 since step 3" in capsys.readouterr().out
+    assert "| trained | 3 epochs, 9 steps" in (run_dir / "README.md").read_text()
+    run_train(digit_tree, run_dir, *flags, "--resume", "auto", model=SMALL_MODEL)
+    assert [x for x in metrics(run_dir) if x["event"] == "eval"] == evals
+
+
+# What a user gets wrong
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"pretrained": True, "pretrained_path": "x"}, "pretrained=True and pretrained_path=x are"),
+        ({"freeze_layers": 2, "linear_probe": True}, "freeze_layers=2 and linear_probe=True are"),
+        ({"lora_rank": 2, "linear_probe": True}, "linear_probe=True and lora_rank=2 are given"),
+        ({"lora_alpha": 2.0}, r"lora_alpha=2.0 has no effect without lora_rank"),
+        ({"lora_target": "x"}, r"lora_target=x has no effect without lora_rank"),
+        ({"lora_rank": 0}, "greater than 0"),
+    ],
+)
+def test_keys_that_exclude_each_other(given, line):
+    with pytest.raises(ValidationError, match=line):
+        ModelConfig(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"freeze_layers": 4}, "freeze_layers=4: metala_nano has 3 layers before the classifier's"),
+        ({"lora_rank": 2, "lora_target": "nothing"}, "'nothing' names no linear layer; there is "),
+        ({"lora_rank": 2, "lora_target": "("}, r"lora_target='\(' is no pattern: "),
+    ],
+)
+def test_parts_that_are_not_there(given, line):
+    model, config = small(**given)
+    with pytest.raises(UserError, match=line):
+        choose_trained(model, config)
+
+
+def test_class_weights_that_do_not_fit():
+    import numpy as np
+
+    with pytest.raises(UserError, match=r"class_weights has 2 numbers for 3 classes"):
+        weigh_classes(OptimConfig(class_weights=(1, 2)), np.array([1, 1, 1]))
+    with pytest.raises(UserError, match="not with bce_loss"):
+        weigh_classes(OptimConfig(class_weights="balanced", bce_loss=True), np.array([1, 1]))
+    with pytest.raises(ValidationError):
+        OptimConfig(class_weights="blanced")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(digit_tree, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("checkpoint") / "run"
+    run_train(digit_tree, run_dir, model=SMALL_MODEL, steps=1)
+    return run_dir / "last"
+
+
+def wrong(path, **given):
+    with pytest.raises(UserError) as told:
+        config, weights = begins_from(ModelConfig(pretrained_path=path, **given))
+        create_model(config, 3, weights)
+    assert "\n" not in str(told.value)
+    return str(told.value)
+
+
+def test_paths_that_are_no_checkpoint(checkpoint, tmp_path):
+    nowhere = tmp_path / "nowhere"
+    assert wrong(nowhere) == f"model.pretrained_path={nowhere}: there is no {nowhere}"
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/photo.jpg").touch()
+    assert "is no checkpoint: it holds photo.jpg, but no config.json" in wrong(tmp_path / "a")
+    run_dir = checkpoint.parent
+    assert wrong(run_dir).endswith(
+        f"is no checkpoint: its checkpoints are {run_dir}/last and {run_dir}/best"
+    )
+    (tmp_path / "a/config.json").write_text("[]")
+    assert "it names no architecture" in wrong(tmp_path / "a")
+    pickle = tmp_path / "model.pth"
+    torch.save({"a": torch.ones(1)}, pickle)
+    assert "model.pth cannot be read as safetensors" in wrong(pickle, model="metala_nano")
+
+
+def test_a_checkpoint_of_another_model(checkpoint):
+    line = wrong(checkpoint, model="metala_tiny")
+    assert line == f"model.pretrained_path={checkpoint} holds metala_nano, not metala_tiny"
+    line = wrong(checkpoint / "model.safetensors", model="metala_nano")
+    assert "do not fit" in line or "lack" in line
+    line = wrong(checkpoint / "model.safetensors", model="test_vit")
+    assert line.startswith("cannot load the weights of test_vit: ")
+
+
+def test_a_head_of_another_width(checkpoint, tmp_path):
+    folder = tmp_path / "narrow"
+    shutil.copytree(checkpoint, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["head.fc.weight"] = weights["head.fc.weight"][:, :16].contiguous()
+    save_file(weights, folder / "model.safetensors")
+    assert wrong(folder).endswith("do not fit: head.fc.weight is (3, 16), not (3, 32)")
+    described = json.loads((folder / "config.json").read_text())
+    described["model_args"]["embed_dim"] = 64
+    (checkpoint.parent / "wide").mkdir()
+    (checkpoint.parent / "wide/config.json").write_text(json.dumps(described))
+    shutil.copy(checkpoint / "model.safetensors", checkpoint.parent / "wide")
+    assert "is (" in wrong(checkpoint.parent / "wide")
+
+
+def test_weights_that_are_not_there():
+    with pytest.raises(UserError, match="no weights for metala_tiny in this package"):
+        create_model(ModelConfig(model="metala_tiny"), 3, {"pretrained": True})
