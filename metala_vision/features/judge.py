@@ -142,8 +142,10 @@ def _fit(features: np.ndarray, labels: np.ndarray, C: float) -> tuple[Pipeline, 
 
 
 def _guess(model: Pipeline, features: np.ndarray) -> np.ndarray:
-    likely = model.predict_log_proba(features)
-    order = np.argsort(-likely, axis=1, kind="stable")[:, :5]
+    scores = model.decision_function(features)  # probabilities of 0 or 1 would not be ranked
+    if scores.ndim == 1:  # of two classes
+        scores = np.stack([-scores, scores], axis=1)
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :5]
     return model[-1].classes_[order]
 
 

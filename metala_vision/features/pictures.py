@@ -16,7 +16,7 @@ from .judge import neighbours
 
 QUERIES, NEAREST = 10, 8
 SIDE, GAP, TOP = 1.15, 0.12, 0.75  # of an image, inches
-RIGHT, WRONG = "#009e73", "#d55e00"  # Okabe and Ito's green and red
+RIGHT, WRONG = "#009e73", "#cc3311"  # told apart by dashes too
 SHARPEST = 240  # pixels of a shown image's side
 
 
