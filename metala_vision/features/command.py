@@ -143,24 +143,24 @@ def as_lines(name: str, figures: dict[str, Any]) -> str:
         )
     if "probe" in figures:
         probe = figures["probe"]
-        from .judge import MAX_ITER
+        from .judge import GRID, MAX_ITER
 
-        ended = (
-            f"converged in {probe['iterations']} iterations" if probe["converged"]
-            else f"not converged in {MAX_ITER} iterations"
-        )  # fmt: skip
-        chosen = "best of the grid on a fifth of the training images" if probe["grid"] else (
-            "no class has images to choose with"
-        )  # fmt: skip
-        edge = ", at the edge of the grid: one beyond may be better"
-        lines.append(
-            f"  linear probe   top-1 {probe['top1']:6.2f} %  top-5 {probe['top5']:6.2f} %  "
-            f"C {probe['C']:g} ({chosen}{edge if probe['C_at_edge_of_grid'] else ''}), {ended}"
-        )
+        chosen = "no class has images to choose with"
+        if probe["grid"]:
+            chosen = f"best of {len(GRID)} on a fifth of the training images"
+        if probe["C_at_edge_of_grid"]:
+            chosen += "; at the edge of the grid, one beyond may be better"
+        ended = f"not converged in {MAX_ITER} iterations"
+        if probe["converged"]:
+            ended = f"converged in {probe['iterations']} iterations"
+        lines += [
+            f"  linear probe   top-1 {probe['top1']:6.2f} %  top-5 {probe['top5']:6.2f} %",
+            f"    C {probe['C']:g} ({chosen}), {ended}",
+        ]
         doubtful = [f"{trial['C']:g}" for trial in probe["grid"] if not trial["converged"]]
         if doubtful:
             of_grid = ", ".join(doubtful)
-            lines.append(f"  C of the grid not converged in {MAX_ITER} iterations: {of_grid}")
+            lines.append(f"    not converged in {MAX_ITER} iterations: C {of_grid} of the choice")
     return "\n".join(lines)
 
 

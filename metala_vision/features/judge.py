@@ -17,7 +17,8 @@ from sklearn.preprocessing import StandardScaler
 from metala_vision.errors import UserError
 
 TEMPERATURE = 0.07  # arXiv 1805.01978, section 3.4, and 2104.14294
-CHUNK = 1024  # queries at a time
+CHUNK = 1024  # queries at a time, fewer where their similarities would take much memory
+MOST_PAIRS = 2**26  # of a chunk: 256 MiB
 GRID = (
     1e-4,
     1e-3,
@@ -42,7 +43,7 @@ def neighbours(train: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarr
     """
     known = F.normalize(torch.from_numpy(train), dim=1)
     values, indices = [], []
-    for chunk in torch.from_numpy(queries).split(CHUNK):
+    for chunk in torch.from_numpy(queries).split(max(1, min(CHUNK, MOST_PAIRS // len(train)))):
         nearest = (F.normalize(chunk, dim=1) @ known.T).topk(k, dim=1)
         values.append(nearest.values)
         indices.append(nearest.indices)
