@@ -52,7 +52,7 @@ def _show(axis: Axes, path: Path) -> None:
     image.thumbnail((SHARPEST, SHARPEST))
     axis.imshow(image)
     axis.set_axis_off()
-    axis.set_anchor("N")
+    axis.set_anchor("NW")
     name = printable(Path(path.name))
     name = name if len(name) <= 44 else f"…{name[-43:]}"
     axis.set_title(name, fontsize=8, loc="left", pad=3, parse_math=False)
