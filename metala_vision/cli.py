@@ -9,17 +9,19 @@ import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
 from ._version import __version__
 from .config import SECTIONS, Config
 from .config_file import load_config, shipped_comparisons, shipped_configs
-from .errors import ReportedError, Stopped, UserError, nearest, one_line
+from .errors import ReportedError, Stopped, UserError, nearest
 from .files import write_text
+from .flags import add_flags, overrides_of
+from .flags import value_of as _value
 
 COMMANDS = {
     "train": "train a model on a folder of images",
     "eval": "evaluate a checkpoint on a folder of images",
+    "predict": "tell the likeliest classes of images",
+    "features": "judge the frozen features of a model: kNN and linear probe",
     "bench": "measure loader, training step and evaluation of a configuration",
     "compare": "train several models under one recipe, as one table",
     "scaling": "measure time and memory of models as the images grow",
@@ -52,7 +54,8 @@ def main(argv: list[str] | None = None, prog: str = "metala-vision", command: st
             command = parser.parse_args(arguments[:1]).command
             arguments = arguments[1:]
         run = {
-            "train": train_command, "eval": eval_command, "bench": bench_command,
+            "train": train_command, "eval": eval_command, "predict": predict_command,
+            "features": features_command, "bench": bench_command,
             "compare": compare_command, "scaling": scaling_command,
             "visualize": visualize_command, "weights": weights_command,
         }[command]  # fmt: skip
@@ -145,6 +148,34 @@ def eval_command(argv: list[str], prog: str) -> int:
     if out is not None:
         write_json(out, report)
     return 0
+
+
+def predict_command(argv: list[str], prog: str) -> int:
+    """Tell the classes of images; exit status 1 where some cannot be read."""
+    from .predict.command import add_arguments, run
+
+    parser = _Parser(prog, description="The likeliest classes of images.",
+                     formatter_class=_Formatter)  # fmt: skip
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+def features_command(argv: list[str], prog: str) -> int:
+    """Judge frozen features; the last line printed is their top-1."""
+    from .features.command import DATA_KEYS, add_arguments, run
+
+    parser = _Parser(
+        prog, description="kNN and linear probe on the frozen features of a model.",
+        formatter_class=_Formatter, allow_abbrev=False,
+    )  # fmt: skip
+    add_arguments(parser)
+    add_flags(parser.add_argument_group("data", "Which images, and which are held out."), "data",
+               DATA_KEYS)  # fmt: skip
+    given = parser.parse_args(argv)
+    data = load_config(None, overrides_of(given)).data
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*pin_memory.*")
+        return run(given, data, _value("model_kwargs", given.model_kwargs))
 
 
 def bench_command(argv: list[str], prog: str) -> int:
@@ -290,30 +321,11 @@ def parse_config(argv: list[str], prog: str) -> tuple[Config, str]:
     flags = ["--config"]
     for section, schema in SECTIONS.items():
         group = parser.add_argument_group(section, schema.__doc__)
-        for key, field in schema.model_fields.items():
-            flag = f"--{key.replace('_', '-')}"
-            flags.append(flag)
-            default = "" if field.default is None or field.default == {} else f" [{field.default}]"
-            help_text = f"{field.description}{default}".replace("%", "%%")
-            dest, many = f"{section}.{key}", _takes_many(field.annotation)
-            group.add_argument(
-                flag,
-                dest=dest,
-                metavar="KEY=VALUE" if key.endswith("_kwargs") else "VALUE",
-                nargs="+" if many else "?" if field.annotation is bool else None,
-                const="true" if field.annotation is bool else None,
-                default=argparse.SUPPRESS,
-                help=help_text,
-            )
+        flags += add_flags(group, section, schema.model_fields)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         raise UserError(f"unknown argument {unknown[0]!r}{nearest(unknown[0], flags)}")
-    overrides: dict[str, dict[str, Any]] = {}
-    for dest, text in vars(given).items():
-        if dest == "config":
-            continue
-        section, key = dest.split(".")
-        overrides.setdefault(section, {})[key] = _value(key, text)
+    overrides = overrides_of(given)
     resume = overrides.get("run", {}).get("resume")
     if resume not in (None, "auto") and given.config is None:
         folder = Path(resume).expanduser()
@@ -325,26 +337,3 @@ def parse_config(argv: list[str], prog: str) -> tuple[Config, str]:
     else:
         name = (given.config or "train").replace("\\", "/").split("/")[-1]
     return load_config(given.config, overrides), name.removesuffix(".yaml")
-
-
-def _takes_many(annotation: Any) -> bool:
-    text = str(annotation)
-    return "tuple[" in text or "dict[" in text
-
-
-def _value(key: str, text: str | list[str]) -> Any:
-    """What was typed: as it stands, for the schema to convert; "null" is None.
-
-    The values of --model-kwargs and its like have no schema and are read as YAML.
-    """
-    if key.endswith("_kwargs"):
-        flag = f"--{key.replace('_', '-')}"
-        pairs = [item.partition("=") for item in text]
-        for name, equals, _ in pairs:
-            if not equals:
-                raise UserError(f"{flag} takes key=value, got {name!r}")
-        try:
-            return {name: yaml.safe_load(value) for name, _, value in pairs}
-        except (ValueError, yaml.YAMLError) as error:
-            raise UserError(f"{flag}: {one_line(error)}") from error
-    return None if text in ("null", ["null"]) else text

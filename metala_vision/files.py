@@ -2,10 +2,12 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from .errors import UserError
+
+PICTURES = (".png", ".pdf", ".svg")  # endings
 
 
 @contextlib.contextmanager
@@ -42,3 +44,42 @@ def write_text(path: Path, text: str) -> None:
     """
     with replacing(path) as fresh:
         fresh.write_text(text, encoding="utf-8", newline="")
+
+
+def check_outputs(
+    outputs: Mapping[str, Path | None], inputs: Iterable[tuple[Path, str]] = ()
+) -> None:
+    """Before any work: each file can be written, and none is another one's, or an input.
+
+    Args:
+        outputs: by flag. inputs: files that are read, and their flags.
+    Raises:
+        UserError: naming flag and file.
+    """
+    taken = {path.resolve(): flag for path, flag in inputs}
+    for flag, path in outputs.items():
+        if path is None:
+            continue
+        if path.is_file() or not path.exists():  # not /dev/stdout
+            other = taken.setdefault(path.resolve(), flag)
+            if other != flag:
+                raise UserError(f"{flag} {path} is {other} too")
+        check_writable(path)
+
+
+def check_writable(path: Path) -> None:
+    """A UserError if the file cannot be written; one that does not exist is not left behind."""
+    there = os.path.lexists(path)
+    try:
+        with path.open("ab"):
+            pass
+        if not there:
+            os.unlink(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def check_picture(flag: str, path: Path | None) -> None:
+    """A UserError for an ending that is no picture's."""
+    if path is not None and path.suffix.lower() not in PICTURES:
+        raise UserError(f"{flag} must end in one of {' '.join(PICTURES)}, got {path}")

@@ -1,5 +1,6 @@
 """The learning curve of a run; how pictures look, and how they are written."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -64,5 +65,6 @@ def learning_curve(metrics: list[dict[str, Any]], title: str, path: Path) -> Non
 
 def save(figure: Figure, path: Path) -> None:
     """Write a picture; a UserError where that cannot be."""
-    with replacing(path) as fresh:
+    with replacing(path) as fresh, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # of a user's names
         figure.savefig(fresh, dpi=130)

@@ -112,3 +112,15 @@ def own_environment() -> dict[str, str]:
     own, given = str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")
     path = own if not given else f"{own}{os.pathsep}{given}"
     return {**os.environ, "PYTHONPATH": path}
+
+
+def find_device(name: str) -> torch.device:
+    """auto (a GPU where there is one), cpu or cuda.
+
+    Raises:
+        UserError: for a GPU that is not there.
+    """
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise UserError("--device cuda: torch finds no GPU; auto and cpu are accepted here")
+    return torch.device("cuda" if there and name != "cpu" else "cpu")

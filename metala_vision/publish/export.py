@@ -1,6 +1,5 @@
 """A run as published weights: safetensors, config.json and card, in a folder that timm reads."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -14,7 +13,6 @@ import yaml
 from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from timm.data import ImageNetInfo
 from timm.models import get_model_args
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
@@ -25,6 +23,7 @@ from metala_vision.config_file import load_config
 from metala_vision.errors import UserError, WeightsError, one_line
 from metala_vision.evaluate import evaluate_checkpoint, load_model
 from metala_vision.files import write_text
+from metala_vision.labels import describe
 from metala_vision.run_folder import METRICS_FILE, read_metrics
 from metala_vision.transfer import lora_scale, merged
 from metala_vision.weights.check import sha256_of
@@ -279,7 +278,7 @@ def _entry(wanted: Publication, folder: Path, model: nn.Module, facts: dict[str,
         license=wanted.license, terms=wanted.terms, num_classes=int(cfg["num_classes"]),
         metrics=scored and Metrics(**{key: scored[key] for key in ("top1", "top5", "images")}),
         preprocessing=preprocessing,  # pyright: ignore[reportArgumentType]
-        label_names=names, label_descriptions=_descriptions(names),
+        label_names=names, label_descriptions=describe(names or ()) or None,
     )  # fmt: skip
 
 
@@ -288,15 +287,6 @@ def _recipe(facts: dict[str, Any]) -> str:
     command = [part for word in facts["environments"][0]["command"] for part in word.split("=", 1)]
     named = command[command.index("--config") + 1] if "--config" in command[:-1] else "flags"
     return Path(named).name if without_path(named) != named else named
-
-
-def _descriptions(names: list[str] | None) -> dict[str, str] | None:
-    """For people, where the labels are WordNet's, as ImageNet's are."""
-    info, found = ImageNetInfo(), {}
-    for name in names or ():
-        with contextlib.suppress(KeyError):
-            found[name] = info.label_name_to_description(name)
-    return found or None
 
 
 def _write_config(folder: Path, model: nn.Module, entry: Entry, tag: str | None) -> None:

@@ -3,15 +3,13 @@
 import argparse
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from metala_vision.errors import UserError
-from metala_vision.files import write_text
+from metala_vision.files import PICTURES, check_outputs, check_picture, write_text
 
-PICTURES = (".png", ".pdf", ".svg")
 MOST_LAYERS = 6  # of an attention picture, where none are named
 NOISE = "standard normal noise, seed 0"
 COMMANDS = {
@@ -73,19 +71,11 @@ def draw(given: argparse.Namespace) -> Path:
         raise UserError(f"--grid takes 1 to 256 rows and columns, got {given.grid}")
     if getattr(given, "max_images", 1) < 1:
         raise UserError(f"--max-images needs 1 or more, got {given.max_images}")
-    if given.out.suffix.lower() not in PICTURES:
-        raise UserError(f"--out must end in one of {' '.join(PICTURES)}, got {given.out}")
+    check_picture("--out", given.out)
     as_json = getattr(given, "json", None)
     images = getattr(given, "image", None) or []
-    taken = {p.resolve(): "--image" for p in ([images] if isinstance(images, Path) else images)}
-    for flag, path in (("--out", given.out), ("--json", as_json)):
-        if path is None:
-            continue
-        if path.is_file() or not path.exists():  # not /dev/stdout
-            other = taken.setdefault(path.resolve(), flag)
-            if other != flag:
-                raise UserError(f"{flag} {path} is {other} too")
-        check_writable(path)
+    inputs = [(path, "--image") for path in ([images] if isinstance(images, Path) else images)]
+    check_outputs({"--out": given.out, "--json": as_json}, inputs)
     if given.what == "scans":
         from .pictures import scan_orders
 
@@ -99,18 +89,6 @@ def draw(given: argparse.Namespace) -> Path:
         lines = ",\n".join(f'  "{key}": {json.dumps(value)}' for key, value in numbers.items())
         write_text(as_json, f"{{\n{lines}\n}}\n")
     return given.out
-
-
-def check_writable(path: Path) -> None:
-    """A UserError if the file cannot be written; one that does not exist is not left behind."""
-    there = os.path.lexists(path)
-    try:
-        with path.open("ab"):
-            pass
-        if not there:
-            os.unlink(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _attention(given: argparse.Namespace) -> dict[str, Any]:

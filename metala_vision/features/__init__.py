@@ -1,0 +1,1 @@
+"""`metala-vision features`: how much a model's frozen features tell about classes."""

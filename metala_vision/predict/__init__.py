@@ -1,0 +1,1 @@
+"""`metala-vision predict`: what a classifier takes images for."""
