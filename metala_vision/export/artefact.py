@@ -81,7 +81,8 @@ def load(wanted: Export, **kwargs: Any) -> tuple[nn.Module, tuple[int, int, int]
             if not isinstance(cause, TypeError) or "'img_size'" not in str(cause):
                 raise
             model = load_model(wanted.checkpoint, **wanted.model_kwargs, **kwargs)
-    channels, height, width = model.pretrained_cfg["input_size"]  # pyright: ignore
+    cfg: Any = model.pretrained_cfg
+    channels, height, width = cfg["input_size"]
     height, width = wanted.img_size or (height, width)
     x = torch.zeros(1, channels, height, width)
     try:
@@ -113,14 +114,14 @@ def check_dynamic(
             f"--dynamic size: the scan {fixed[0]} of {wanted.checkpoint} is exported at one size; "
             f"{', '.join(ANY_SIZE)} take any"
         )
-    patch = model.patch_h, model.patch_w
+    patch: Any = model.patch_h, model.patch_w  # torch types attributes as tensors
     grid = size[1] // patch[0], size[2] // patch[1]
     if grid[0] * grid[1] < LEAST_TOKENS or min(grid) < 2:
         raise UserError(
             f"--dynamic size needs {LEAST_TOKENS} patches and two a side, {size[1]} x {size[2]} px "
             f"have {grid[0]} x {grid[1]}; a larger --img-size is where it begins"
         )
-    return patch
+    return int(patch[0]), int(patch[1])
 
 
 def make_cases(

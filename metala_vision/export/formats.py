@@ -28,6 +28,9 @@ class Deployed(nn.Module):
         softmax: probabilities come out.
     """
 
+    mean: Any
+    std: Any
+
     def __init__(
         self,
         model: nn.Module,
