@@ -26,6 +26,7 @@ COMMANDS = {
     "compare": "train several models under one recipe, as one table",
     "scaling": "measure time and memory of models as the images grow",
     "weights": "list, download, verify and publish pretrained weights",
+    "export": "write a model as one file that runs without this package, and prove it",
     "visualize": "draw scan orders, attention maps, receptive fields, memory",
 }
 
@@ -57,6 +58,7 @@ def main(argv: list[str] | None = None, prog: str = "metala-vision", command: st
             "train": train_command, "eval": eval_command, "predict": predict_command,
             "features": features_command, "bench": bench_command,
             "compare": compare_command, "scaling": scaling_command,
+            "export": export_command,
             "visualize": visualize_command, "weights": weights_command,
         }[command]  # fmt: skip
         return run(arguments, f"{prog} {command}")
@@ -273,6 +275,20 @@ def scaling_command(argv: list[str], prog: str) -> int:
 def write_json(path: Path, values: Any) -> None:
     """A dataclass, as JSON."""
     write_text(path, json.dumps(dataclasses.asdict(values), indent=2) + "\n")
+
+
+def export_command(argv: list[str], prog: str) -> int:
+    """Export; the last line printed is the path of the file."""
+    from .export import add_arguments, run
+
+    parser = _Parser(
+        prog, description="Write a model as one file that runs without this package, once it is "
+        "proven to compute the same.", formatter_class=_Formatter,
+    )  # fmt: skip
+    add_arguments(parser)
+    given = parser.parse_args(argv)
+    given.model_kwargs = _value("model_kwargs", given.model_kwargs)
+    return run(given)
 
 
 def visualize_command(argv: list[str], prog: str) -> int:

@@ -96,11 +96,11 @@ def _attention(given: argparse.Namespace) -> dict[str, Any]:
     from .pictures import attention_maps
     from .receptive_field import check_token
 
-    files = _files([given.image])
+    files = image_files([given.image])
     if len(files) > 1:
         raise UserError(f"--image takes one image, {given.image} holds {len(files)}")
     model, cfg = _load(given.model, given)
-    (image,) = _read(files, cfg)
+    (image,) = read_images(files, cfg)
     calls, grid, prefix = record_attention(model, image.unsqueeze(0), given.model)
     token = check_token(given.token and tuple(given.token), grid)
     described = [(given.model, calls, grid, prefix, token)]
@@ -108,7 +108,7 @@ def _attention(given: argparse.Namespace) -> dict[str, Any]:
         other, other_cfg = _load(given.compare_to, given, ours=False)
         # The same part of the image for both, so that a token is at the same place.
         crop = {key: cfg[key] for key in ("crop_pct", "crop_mode") if key in cfg}
-        (other_image,) = _read(files, {**other_cfg, **crop})
+        (other_image,) = read_images(files, {**other_cfg, **crop})
         found = record_attention(other, other_image.unsqueeze(0), given.compare_to)
         calls, other_grid, prefix = found
         # Where the middle of the first model's token lies
@@ -190,7 +190,7 @@ def _receptive_field(given: argparse.Namespace) -> dict[str, Any]:
     from .pictures import receptive_field as picture
     from .receptive_field import HELD, growing_squares, receptive_field, side_that_holds
 
-    files = _files(given.image or [])
+    files = image_files(given.image or [])
     model, cfg = _load(given.model, given)
     images, source = _images(files, given, cfg)
     token = given.token and tuple(given.token)
@@ -215,7 +215,7 @@ def _memory(given: argparse.Namespace) -> dict[str, Any]:
     from .memory import QUANTILES, memory_lengths
     from .pictures import memory as picture
 
-    files = _files(given.image or [])
+    files = image_files(given.image or [])
     model, cfg = _load(given.model, given)
     images, source = _images(files, given, cfg)
     found = memory_lengths(model, images, given.model)
@@ -285,13 +285,13 @@ def _images(
         return noise, f"{count} of {NOISE}"
     count = min(given.max_images, len(files))
     spread = [files[i * len(files) // count] for i in range(count)]  # over all folders
-    images = torch.stack(_read(spread, cfg))
+    images = torch.stack(read_images(spread, cfg))
     if len(files) > len(images):
         return images, f"{len(images)} of {len(files)} images, evenly spread"
     return images, f"{len(images)} images" if len(images) > 1 else "one image"
 
 
-def _files(paths: Sequence[Path]) -> list[Path]:
+def image_files(paths: Sequence[Path]) -> list[Path]:
     """The images of files and folders."""
     from metala_vision.sources import IMG_EXTENSIONS
 
@@ -311,7 +311,7 @@ def _files(paths: Sequence[Path]) -> list[Path]:
     return files
 
 
-def _read(files: Sequence[Path], cfg: dict[str, Any]) -> list[Any]:
+def read_images(files: Sequence[Path], cfg: dict[str, Any]) -> list[Any]:
     """Images by the model's own evaluation preprocessing."""
     from metala_vision.evaluate import evaluation_transform
     from metala_vision.sources import convert, decode
