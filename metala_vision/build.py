@@ -115,6 +115,7 @@ def collect(config: Config, accelerator: Accelerator) -> Built:
     num_classes = config.model.num_classes or split.num_classes
     mixing = create_mixing(config.data, config.optim, num_classes, config.run.seed, own_images)
     config.data.data_dir = split.root.resolve() if split.root else None
+    config.data.val_file = config.data.val_file and config.data.val_file.resolve()
     config.optim.lr = peak_lr(config.optim, config.data.batch_size * world * accum)
     config.model.img_size = loaders.preprocessing["input_size"][-1]
     teacher = create_teacher(config.optim, config.model, num_classes, loaders.preprocessing)

@@ -313,6 +313,8 @@ def _write_log(run: Path, folder: Path, step: int) -> list[str]:
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     config["run"] |= {"output": "runs", "run_dir": None, "resume": None}
     config["data"]["data_dir"] = None
+    if config["data"].get("val_file"):
+        config["data"]["val_file"] = Path(config["data"]["val_file"]).name
     write_text(folder / "config.yaml", yaml.safe_dump(scrubbed(config), sort_keys=False))
     metrics = (line for line in read_metrics(run) if line["event"] in ("train", "eval"))
     kept = [line for line in metrics if line["step"] <= step]
