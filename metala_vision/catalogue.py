@@ -56,8 +56,8 @@ class Published:
     def incomplete(self, folder: Path, name: str) -> UserError:
         """What to tell the user where something is missing."""
         return UserError(
-            f"{folder} has no {name}, it holds {listed(folder)}; {self.title} is "
-            f"{self.folder}/ with {self.layout}, published at {self.page}"
+            f"{folder} has no {name}, it holds {listed(folder)}; {self.title} is a "
+            f"folder such as {self.folder}/ with {self.layout}, published at {self.page}"
         )
 
     def chosen(self, key: str, text: str) -> list[str]:

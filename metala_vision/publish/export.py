@@ -19,6 +19,7 @@ from timm.models import get_model_args
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
+from metala_vision.catalogue import CATALOGUE
 from metala_vision.checkpoint import CONFIG_FILE, MODEL_FILE, load_state, load_weights, verify
 from metala_vision.config_file import load_config
 from metala_vision.errors import UserError, WeightsError, one_line
@@ -255,7 +256,9 @@ def _entry(wanted: Publication, folder: Path, model: nn.Module, facts: dict[str,
     cfg: Any = model.pretrained_cfg
     names = cfg.get("label_names")
     config, scored, path = facts["config"], facts["scored"], folder / MODEL_FILE
-    where = config.data.data_dir.name if config.data.data_dir else config.data.dataset
+    where = config.data.dataset
+    if config.data.data_dir and where not in CATALOGUE:
+        where = config.data.data_dir.name
     preprocessing = {
         key: cfg[key]
         for key in ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")

@@ -297,11 +297,15 @@ def test_a_missing_file_is_named_with_the_layout_and_its_home(root, file, reques
         split_of(name, root, **parts)
     line = str(caught.value)
     assert line.startswith(f"{root / of.folder} has no {file}, it holds ") and "\n" not in line
-    assert line.endswith(f"is {of.folder}/ with {of.layout}, published at {of.page}")
+    assert line.endswith(
+        f"is a folder such as {of.folder}/ with {of.layout}, published at {of.page}"
+    )
 
 
 def test_an_empty_folder_and_several_missing_images(tmp_path):
-    with pytest.raises(UserError, match=r"has no batches\.meta, it holds nothing; CIFAR-10 is "):
+    with pytest.raises(
+        UserError, match=r"has no batches\.meta, it holds nothing; CIFAR-10 is a folder "
+    ):
         split_of("cifar10", tmp_path)
     folder = make_pets(tmp_path)
     for i in (2, 3):
@@ -419,3 +423,7 @@ def test_its_configuration_trains_and_leaves_a_checkpoint(name, roots, tmp_path,
     side = 32 if name.startswith("cifar") else 128
     assert model(torch.zeros(1, 3, side, side)).shape == (1, 3)
     assert list(model.pretrained_cfg["label_names"]) == split_of(name, roots[name]).train.classes
+    if name == "cifar10":  # what published weights say they were trained on
+        flags = ["--out", str(tmp_path / "out"), "--license", "apache-2.0"]
+        assert main(["weights", "publish", str(tmp_path / "run"), *flags]) == 0
+        assert "| trained on | cifar10 |" in (tmp_path / "out" / "README.md").read_text()

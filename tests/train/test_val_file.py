@@ -2,6 +2,7 @@
 
 import shutil
 import tarfile
+from pathlib import Path
 
 import pytest
 import yaml
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from metala_vision.cli import main
+from metala_vision.compare import load_comparison
+from metala_vision.compare.run import _write_configs
 from metala_vision.config import DataConfig
 from metala_vision.errors import UserError
 from metala_vision.splits import find_split
@@ -204,6 +207,10 @@ def test_a_run_holds_out_what_the_file_says_and_may_move(tree, tmp_path, monkeyp
     assert [line["images"] for line in metrics(run_dir) if line["event"] == "eval"] == [12]
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
     assert config["data"]["val_file"] == str(tmp_path / "val.txt")
+    published = ["--out", str(tmp_path / "out"), "--license", "apache-2.0"]
+    assert main(["weights", "publish", str(run_dir), *published]) == 0
+    config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    assert config["data"]["val_file"] == "val.txt"  # and no place of this machine
     before = metrics(run_dir)
     shutil.move(tmp_path / "val.txt", tmp_path / "elsewhere.txt")
     for other, status in ((listed, 0), (listed[1:], 2)):
@@ -213,6 +220,17 @@ def test_a_run_holds_out_what_the_file_says_and_may_move(tree, tmp_path, monkeyp
         assert main(["train", *resumed]) == status, capsys.readouterr().err
         assert metrics(run_dir) == before
     assert "the images are not those" in capsys.readouterr().err
+
+
+def test_members_of_a_comparison_are_told_the_whole_path(tree, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = {"dataset": "folder", "val_fraction": None, "data_dir": str(tree), "val_file": "val.txt"}
+    values = {"recipe": "quickstart", "overrides": {"data": data}, "members": ["metala_nano"]}
+    Path("mine.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "out" / "configs").mkdir(parents=True)
+    for path in _write_configs(load_comparison("mine.yaml"), tmp_path / "out"):
+        config = yaml.safe_load(path.read_text())
+        assert config["data"]["val_file"] == str(tmp_path / "val.txt")
 
 
 def test_a_class_of_one_image_may_train(tree, tmp_path):
