@@ -153,6 +153,7 @@ def collect(config: Config, accelerator: Accelerator) -> Built:
     accum = config.optim.grad_accum_steps
     mixing = create_mixing(config.data, config.optim, num_classes, config.run.seed, own_images)
     config.data.data_dir = split.root.resolve() if split.root else None
+    config.data.val_file = config.data.val_file and config.data.val_file.resolve()
     config.optim.lr = peak_lr(config.optim, config.data.batch_size * world * accum)
     if config.model.pretrained_path is not None:
         config.model.pretrained_path = config.model.pretrained_path.absolute()

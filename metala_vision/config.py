@@ -58,7 +58,9 @@ def _only(values: Any) -> Any:
     return values[0] if isinstance(values, list) and values == ["balanced"] else values
 
 
-DATASETS = ("folder", "tar", "wds", "hfds", "digits")
+DATASETS = (
+    "folder", "tar", "wds", "hfds", "digits", "cifar10", "cifar100", "flowers102", "oxford_pets",
+)  # fmt: skip
 DatasetName = Annotated[str, AfterValidator(_dataset)]
 Channels = Annotated[int, AfterValidator(_channels)]
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
@@ -179,20 +181,24 @@ class DataConfig(Section):
 
     dataset: DatasetName = "folder"
     """folder: class folders; tar: of class folders or one a class; wds: WebDataset shards; hfds or
-    hfds/NAME: a Hugging Face data set; digits: scikit-learn's 1,797 handwritten digits."""
+    hfds/NAME: a Hugging Face data set; digits: scikit-learn's 1,797 handwritten digits; cifar10,
+    cifar100, flowers102, oxford_pets: the files that their authors publish, unpacked."""
     data_dir: UserPath | None = None
     """Holds the parts, as train/ and val/ with one folder per class; default $METALA_VISION_DATA.
     """
     train_split: str = "train"
-    """Name of the training part."""
+    """Name of the training part; of flowers102 also train+val."""
     val_split: str | None = None
-    """Name of the held-out part; null is val or validation."""
+    """Name of the held-out part; null is val or validation; of cifar and oxford_pets test."""
     input_key: str | None = None
     """Of wds: endings of an image, jpg;jpeg;png;webp; of hfds: its column, image."""
     target_key: str | None = None
     """Of wds: ending of a label, cls; of hfds: its column, label."""
     val_fraction: Share | None = None
-    """Hold out this fraction of each class where there is no val/."""
+    """Hold out this fraction of each class where there is no val/, or instead of the authors' part.
+    """
+    val_file: UserPath | None = None
+    """Hold out the images that this file lists, CLASS/name.jpg a line, of one tree of classes."""
     split_seed: Seed = 0
     """Draws the held-out part; another seed of the run leaves it as it is."""
     class_range: Places | None = None

@@ -47,7 +47,7 @@ PACKAGES = (
 
 # What may change from one part of a run to the next: it leaves weights and metrics as they are.
 FREE_KEYS = {
-    "data": {"data_dir", "workers", "max_unreadable"},
+    "data": {"data_dir", "val_file", "workers", "max_unreadable"},
     "run": {
         "output", "run_dir", "resume", "trackers", "checkpoint_minutes", "checkpoint_hist",
         "max_skipped",

@@ -1,4 +1,6 @@
-"""Where images come from: class folders, or the digits of scikit-learn; archives.py has more."""
+"""Where images come from: class folders, or the digits of scikit-learn; archives.py and
+catalogue.py have more.
+"""
 
 import hashlib
 import json
@@ -45,6 +47,12 @@ def fingerprint(source: Source) -> str:
     for index, label in enumerate(source.targets):
         seen.update(f"\n{label} {source.key(index)}".encode(errors="surrogateescape"))
     return seen.hexdigest()
+
+
+def listed(folder: Path) -> str:
+    """What lies in a folder, for an error; or "nothing"."""
+    found = sorted(p.name for p in folder.iterdir())
+    return ", ".join(found[:5]) + (" ..." if len(found) > 5 else "") if found else "nothing"
 
 
 def decode(file: Path | BinaryIO, name: str) -> Image.Image:

@@ -13,12 +13,16 @@ import numpy as np
 from sklearn.model_selection import train_test_split
 
 from .archives import HubSource, read_shards, read_tar
+from .catalogue import CATALOGUE
 from .config import DataConfig
 from .errors import UserError, one_line
-from .sources import ClassRange, DigitsSource, FolderSource, Source, fingerprint
+from .sources import ClassRange, DigitsSource, FolderSource, Source, fingerprint, listed
+from .val_file import held_out
 
 DATA_VARIABLE = "METALA_VISION_DATA"
 VAL_NAMES = ("val", "validation")
+IN_FILES = ("folder", "tar", "wds", "flowers102", "oxford_pets")  # images that have names
+OR_HOLD_OUT = "--val-fraction 0.1 or --val-file FILE"
 SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test")
 
 
@@ -49,7 +53,7 @@ def find_split(config: DataConfig) -> Split:
 
     Raises:
         UserError: a missing or empty folder, a single class, no held-out images, a class that
-            only the held-out part has.
+            only the held-out part has, settings that contradict each other.
     """
     split = _whole_split(config)
     return split if config.class_range is None else _of_classes(split, *config.class_range)
@@ -69,7 +73,17 @@ def _of_classes(split: Split, low: int, high: int) -> Split:
 
 
 def _whole_split(config: DataConfig) -> Split:
-    if config.dataset in ("folder", "digits"):
+    if config.val_file is not None:
+        if config.dataset not in IN_FILES:
+            raise UserError(
+                f"data.val_file is for dataset {', '.join(IN_FILES)}, not {config.dataset}"
+            )
+        if config.val_fraction is not None:
+            raise UserError(
+                f"data.val_file={config.val_file} and val_fraction={config.val_fraction} were both "
+                "given; drop one"
+            )
+    if config.dataset in ("folder", "digits", *CATALOGUE):
         for key in ("input_key", "target_key"):
             if getattr(config, key) is not None:
                 raise UserError(f"data.{key} is for dataset wds and hfds, not {config.dataset}")
@@ -85,6 +99,8 @@ def _whole_split(config: DataConfig) -> Split:
     root = _data_root(config)
     if config.dataset == "folder":
         return _folder_split(root, config)
+    if config.dataset in CATALOGUE:
+        return _published_split(root, config)
     return _archive_split(root, config)
 
 
@@ -93,11 +109,11 @@ def _folder_split(root: Path, config: DataConfig) -> Split:
     names = VAL_NAMES if config.val_split is None else (config.val_split,)
     val_dir = next((root / name for name in names if (root / name).is_dir()), None)
     if val_dir is None or not train_dir.is_dir():
-        if config.val_fraction is None:
+        if not _holds_out(config):
             wanted = f"{config.train_split}/ and {names[0]}/"
             raise UserError(
-                f"{root} needs {wanted} with one folder per class, found {_listed(root)}; "
-                "to hold out part of one tree of class folders give --val-fraction 0.1"
+                f"{root} needs {wanted} with one folder per class, found {listed(root)}; "
+                f"to hold out part of one tree of class folders give {OR_HOLD_OUT}"
             )
         tree = train_dir if train_dir.is_dir() else root
         splits = [p.name for p in tree.iterdir() if p.is_dir() and p.name.lower() in SPLIT_NAMES]
@@ -107,7 +123,7 @@ def _folder_split(root: Path, config: DataConfig) -> Split:
                 "val/, or --data-dir be the tree to hold out from"
             )
         return _hold_out(root, FolderSource(tree), config, str(tree))
-    _check_no_fraction(config, str(val_dir))
+    _check_holds_out_nothing(config, str(val_dir))
     train = FolderSource(train_dir)
     _check_classes(train, str(train_dir))
     return _parts(root, train, FolderSource(val_dir, train.classes))
@@ -142,18 +158,18 @@ def _archive_split(root: Path, config: DataConfig) -> Split:
     if train_path is None:
         raise UserError(
             f"{root} needs {name}.tar or tar files in {name}/"
-            f"{f', or NAME-{name}-0000.tar' if shards else ''}, found {_listed(root)}"
+            f"{f', or NAME-{name}-0000.tar' if shards else ''}, found {listed(root)}"
         )
     train = read(train_path)
     where = f"{config.train_split} of {root}"
     if val_path is None:
-        if config.val_fraction is None:
+        if not _holds_out(config):
             raise UserError(
                 f"{root} has no {names[0]}.tar and no tar files in {names[0]}/; to hold out part "
-                "of the training images give --val-fraction 0.1"
+                f"of the training images give {OR_HOLD_OUT}"
             )
         return _hold_out(root, train, config, where)
-    _check_no_fraction(config, "a held-out part")
+    _check_holds_out_nothing(config, "a held-out part")
     _check_classes(train, where)
     return _parts(root, train, read(val_path, train.classes))
 
@@ -180,20 +196,48 @@ def _hub_split(config: DataConfig) -> Split:
     return _parts(root, train, val)
 
 
+def _published_split(root: Path, config: DataConfig) -> Split:
+    """The authors' parts, or part of the training part."""
+    of = CATALOGUE[config.dataset]
+    folder = of.find(root)
+
+    def read(parts: list[str], classes: list[str] | None = None) -> Source:
+        try:
+            source = of.read(folder, parts, of, classes)
+        except OSError as error:
+            raise UserError(f"cannot read {folder}: {error.strerror}") from error
+        if not len(source):
+            raise UserError(f"no images in {'+'.join(parts)} of {folder}")
+        return source
+
+    chosen = of.chosen("train_split", config.train_split)
+    if _holds_out(config):
+        if config.val_split is not None:
+            key = "val_fraction" if config.val_fraction else "val_file"
+            raise UserError(
+                f"data.{key}={getattr(config, key)} holds out of the training part, and val_split="
+                f"{config.val_split} names another part; drop one"
+            )
+        return _hold_out(root, read(chosen), config, f"{'+'.join(chosen)} of {folder}")
+    others = of.chosen_beside(chosen, config.val_split)
+    train = read(chosen)
+    _check_classes(train, str(folder))
+    return _parts(root, train, read(others, train.classes))
+
+
 def _parts(root: Path | None, train: Source, val: Source) -> Split:
     return Split(root, train, range(len(train.targets)), val, range(len(val.targets)))
 
 
-def _listed(root: Path) -> str:
-    found = sorted(p.name for p in root.iterdir())
-    return ", ".join(found[:5]) + (" ..." if len(found) > 5 else "") if found else "nothing"
+def _holds_out(config: DataConfig) -> bool:
+    return config.val_fraction is not None or config.val_file is not None
 
 
-def _check_no_fraction(config: DataConfig, what: str) -> None:
-    if config.val_fraction is not None:
-        raise UserError(
-            f"val_fraction={config.val_fraction} was given, but {what} exists; drop one"
-        )
+def _check_holds_out_nothing(config: DataConfig, what: str) -> None:
+    for key in ("val_fraction", "val_file"):
+        value = getattr(config, key)
+        if value is not None:
+            raise UserError(f"{key}={value} was given, but {what} exists; drop one")
 
 
 def _data_root(config: DataConfig) -> Path:
@@ -219,9 +263,12 @@ def _check_classes(source: Source, where: str) -> None:
 
 
 def _hold_out(root: Path | None, source: Source, config: DataConfig, where: str) -> Split:
-    """The same fraction of each class, drawn with the seed."""
+    """The images that a file lists, or the same fraction of each class, drawn with the seed."""
     fraction, seed = config.val_fraction or 0.2, config.split_seed
     _check_classes(source, where)
+    if config.val_file is not None:
+        train, val = held_out(config.val_file, source, where)
+        return Split(root, source, train, source, val)
     sizes = np.bincount(source.targets, minlength=len(source.classes))
     if sizes.min() < 2:
         name = source.classes[int(sizes.argmin())]

@@ -151,6 +151,7 @@ def _write_configs(comparison: CompareConfig, output: Path) -> list[Path]:
             folder = config.data.data_dir or os.environ.get("METALA_VISION_DATA")
             if folder is not None and config.data.dataset != "digits":
                 config.data.data_dir = Path(folder).expanduser().resolve()
+            config.data.val_file = config.data.val_file and config.data.val_file.resolve()
             run = output / f"{member.name}-{seed}"
             path = output / "configs" / f"{run.name}.yaml"
             if (run / CONFIG_FILE).is_file():

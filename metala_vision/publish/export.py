@@ -17,6 +17,7 @@ from timm.models import get_model_args
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
+from metala_vision.catalogue import CATALOGUE
 from metala_vision.checkpoint import CONFIG_FILE, MODEL_FILE, load_state, load_weights, verify
 from metala_vision.config import ModelConfig
 from metala_vision.config_file import load_config
@@ -267,7 +268,9 @@ def _entry(wanted: Publication, folder: Path, model: nn.Module, facts: dict[str,
     cfg: Any = model.pretrained_cfg
     names = cfg.get("label_names")
     config, scored, path = facts["config"], facts["scored"], folder / MODEL_FILE
-    where = config.data.data_dir.name if config.data.data_dir else config.data.dataset
+    where = config.data.dataset
+    if config.data.data_dir and where not in CATALOGUE:
+        where = config.data.data_dir.name
     preprocessing = {
         key: cfg[key]
         for key in ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
@@ -316,6 +319,8 @@ def _write_log(run: Path, folder: Path, step: int) -> list[str]:
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     config["run"] |= {"output": "runs", "run_dir": None, "resume": None}
     config["data"]["data_dir"] = None
+    if config["data"].get("val_file"):
+        config["data"]["val_file"] = Path(config["data"]["val_file"]).name
     write_text(folder / "config.yaml", yaml.safe_dump(scrubbed(config), sort_keys=False))
     metrics = (line for line in read_metrics(run) if line["event"] in ("train", "eval"))
     kept = [line for line in metrics if line["step"] <= step]

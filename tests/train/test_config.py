@@ -31,7 +31,8 @@ def test_every_shipped_configuration_builds_and_names_every_section(name):
 def test_shipped_configurations():
     names = {
         "quickstart", "tiny_imagenet/metala_nano", "imagenet1k/metala_tiny_paper",
-        "imagenet1k/metala_small_paper",
+        "imagenet1k/metala_small_paper", "finetune/cifar10", "finetune/cifar100",
+        "finetune/flowers102", "finetune/oxford_pets",
     }  # fmt: skip
     assert names <= set(shipped_configs())
 

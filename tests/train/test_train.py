@@ -276,9 +276,9 @@ def test_every_key_is_tried_by_these_tests():
     tried |= {"--grad-checkpointing", "--channels-last", "--torchcompile", "--max-unreadable"}
     tried |= {"--trackers"}
     tried |= {flag for flag in arguments("x", "y") if flag.startswith("--")}
-    # Here, in test_data.py and test_archives.py:
+    # Here, in test_data.py, test_archives.py and test_val_file.py:
     tried |= {"--output", "--val-fraction", "--split-seed", "--dataset", "--train-split"}
-    tried |= {"--val-split", "--input-key", "--target-key", "--class-range"}
+    tried |= {"--val-split", "--input-key", "--target-key", "--class-range", "--val-file"}
     # In test_resume.py and test_faults.py:
     tried |= {"--resume", "--checkpoint-minutes", "--checkpoint-hist", "--max-skipped"}
     keys = {key for section in SECTIONS.values() for key in section.model_fields}
