@@ -85,6 +85,7 @@ def expected(checkpoint, images):
         return model((images - mean) / std).softmax(1).numpy()
 
 
+@pytest.mark.export
 def test_a_run_as_a_file_that_needs_no_package(checkpoint, exported, tmp_path):
     images = torch.rand(3, 3, 32, 32)
     np.save(tmp_path / "images.npy", images.numpy())
@@ -102,6 +103,7 @@ def test_a_run_as_a_file_that_needs_no_package(checkpoint, exported, tmp_path):
     np.testing.assert_allclose(np.load(made), expected(checkpoint, images), rtol=1e-5)
 
 
+@pytest.mark.export
 def test_what_lies_beside_it(exported):
     facts = json.loads(exported.with_name("digits.pt2.json").read_text())
     assert facts["file"] == {
@@ -124,6 +126,7 @@ def test_what_lies_beside_it(exported):
     assert sorted(p.name for p in exported.parent.iterdir()) == ["digits.pt2", "digits.pt2.json"]
 
 
+@pytest.mark.export
 def test_no_place_of_this_machine_is_in_it(exported):
     assert str(artefact.__file__).encode() not in exported.read_bytes()
     assert b"metala_vision/layers" not in exported.read_bytes()
@@ -149,6 +152,7 @@ def test_what_is_told_of_a_model_of_timm(tmp_path, capsys):
                                                           "ver it")  # fmt: skip
 
 
+@pytest.mark.export
 def test_a_file_of_other_weights_is_refused(checkpoint, exported):
     """One bias, moved by a hundred thousandth; with the right one it is the fixture's proof."""
     model = load_model(str(checkpoint))

@@ -37,7 +37,7 @@ from metala_vision.transfer import (
     merged,
 )
 from tests.conftest import SMALL_MODEL
-from tests.train._runs import assert_same_run, metrics
+from tests.train._runs import assert_same_run, finish, launch, metrics
 
 NANO = ("--model", "metala_nano", "--img-size", "32", "--patch-size", "8")
 SMALL = {"embed_dim": 32, "depth": 2}
@@ -290,6 +290,23 @@ def test_a_target_chooses_the_layers():
     assert names == {f"blocks.{i}.mlp.fc{j}" for i in (0, 1) for j in (1, 2)}
 
 
+@pytest.mark.launch
+@pytest.mark.slow
+def test_lora_on_two_processes(digit_tree, tmp_path):
+    run_dir = tmp_path / "run"
+    finish(launch(
+        [*NANO, "--data-dir", digit_tree, "--run-dir", run_dir, "--workers", "0", "--batch-size",
+         "6", "--epochs", "1", "--warmup-epochs", "0", "--lr", "1e-2", "--pretrained",
+         "--lora-rank", "4", "--model-ema"], processes=2,
+    ))  # fmt: skip
+    # The same batches as one process would have, to rounding.
+    saved, _ = run_train(digit_tree, tmp_path / "one", "--pretrained", "--lora-rank", "4",
+                         "--model-ema")  # fmt: skip
+    both = load_file(run_dir / "last/model.safetensors")
+    for name, value in saved.items():
+        torch.testing.assert_close(both[name], value, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("ema", [(), ("--model-ema", "--model-ema-decay", "0.5")])
 def test_a_lora_run_leaves_a_plain_model_and_goes_on_as_itself(ema, digit_tree, tmp_path):
     flags = ("--pretrained", "--lora-rank", "4", "--checkpoint-minutes", "1e-9", *ema)
@@ -404,6 +421,43 @@ def test_patience_ends_a_run_and_a_resumed_one_at_the_same_step(digit_tree, tmp_
     assert "| trained | 3 epochs, 9 steps" in (run_dir / "README.md").read_text()
     run_train(digit_tree, run_dir, *flags, "--resume", "auto", model=SMALL_MODEL)
     assert [x for x in metrics(run_dir) if x["event"] == "eval"] == evals
+
+
+# The configurations that ship
+
+
+@pytest.mark.parametrize("name", ["folder", "linear_probe", "lora"])
+def test_a_configuration_runs_on_ten_images_a_class(name, digit_tree, tmp_path):
+    tree = shutil.copytree(digit_tree / "train", tmp_path / "photos")
+    for folder in tree.iterdir():
+        for path in sorted(folder.iterdir())[10:]:
+            path.unlink()
+    saved, described = run_train(
+        tree, tmp_path / "run", "--config", f"finetune/{name}", "--val-fraction", "0.2", model=()
+    )
+    assert saved.keys() == shipped().state_dict().keys()
+    assert described["pretrained_cfg"]["input_size"] == [3, 64, 64]
+
+
+def test_the_configuration_of_the_hub_reads_its_columns(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    from PIL import Image
+
+    names = ["angular_leaf_spot", "bean_rust", "healthy"]  # as that data set has them
+    features = datasets.Features(
+        image_file_path=datasets.Value("string"), image=datasets.Image(),
+        labels=datasets.ClassLabel(names=names),
+    )  # fmt: skip
+    leaves = [Image.new("RGB", (50, 50), (40 * i, 90, 10)) for i in range(6)]
+    rows = {"image_file_path": [f"{i}.jpg" for i in range(6)], "image": leaves,
+            "labels": [i % 3 for i in range(6)]}  # fmt: skip
+    made = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict(train=made, validation=made).save_to_disk(tmp_path / "beans")
+    _, described = run_train(
+        tmp_path / "beans", tmp_path / "run", "--config", "finetune/hub", "--dataset", "hfds",
+        "--batch-size", "3", model=(),
+    )  # fmt: skip
+    assert described["label_names"] == names
 
 
 # What a user gets wrong
