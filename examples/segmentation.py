@@ -91,7 +91,12 @@ class Segmenter(nn.Module):
     def maps(self, images: Tensor) -> list[Tensor]:
         """The backbone's maps, each [B, C, its grid]."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return self.backbone((images - self.mean) / self.std)
+            maps = self.backbone((images - self.mean) / self.std)
+        widths = self.backbone.feature_info.channels()  # Swin's stand last
+        return [
+            m if m.shape[1] == C else m.permute(0, 3, 1, 2)
+            for m, C in zip(maps, widths, strict=True)
+        ]
 
     def head(self, maps: list[Tensor]) -> Tensor:
         """Maps -> logits [B, K, S, S]."""
@@ -154,6 +159,8 @@ def train(model: Segmenter, data: Data, given: argparse.Namespace, seed: int) ->
     model.train()
     endless = batches(model, data, given, seed)
     for step, (maps, masks) in zip(range(given.steps), endless, strict=False):
+        if (masks == IGNORED).all():
+            continue  # a mean over nothing
         loss = F.cross_entropy(model.head(maps), masks.to(device), weight, ignore_index=IGNORED)
         optimizer.zero_grad()
         loss.backward()
@@ -292,7 +299,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--picture", type=Path, metavar="FILE", help=" ".join(PICTURES))
     add("--json", type=Path, metavar="FILE", help="the numbers")
-    given = parser.parse_args(argv)
+    try:
+        given = parser.parse_args(argv)
+    except ValueError as error:  # of timm's ParseKwargs
+        raise UserError("--model-kwargs takes KEY=VALUE, as in patch_size=4") from error
     for key, least in {"steps": 1, "batch_size": 2, "img_size": 8, "scenes": 2, "held_out": 1,
                        "first_class": 0}.items():  # fmt: skip
         if getattr(given, key) < least:
