@@ -12,7 +12,7 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from . import models  # noqa: F401  (registers ours with timm)
-from .config import Config, ModelConfig
+from .config import LOADING, Config, ModelConfig
 from .data import Loaders, create_loaders
 from .engine import Training, steps_of
 from .errors import UserError, nearest, one_line
@@ -28,7 +28,16 @@ from .recipe import (
 )
 from .sampling import PROCESS, stream
 from .splits import Split, find_split
-from .transfer import begins_from, choose_trained, fit_head, frozen_modules, lora_scale
+from .transfer import (
+    LONGEST,
+    begins_from,
+    check_whole,
+    choose_trained,
+    fit_head,
+    frozen_modules,
+    goes_on_from,
+    lora_scale,
+)
 
 # What timm and torch raise for arguments that do not fit a model.
 BUILD_ERRORS = (
@@ -99,7 +108,7 @@ def create_model(
         raise UserError(
             f"model.num_classes={config.num_classes}, but the data has {num_classes} classes"
         )
-    reserved = {*ModelConfig.model_fields, "device", "dtype"} & set(config.model_kwargs)
+    reserved = {*ModelConfig.model_fields, *LOADING} & set(config.model_kwargs)
     if reserved or config.model_kwargs.get("global_pool", "avg") in ("", None):
         key = min(reserved, default="global_pool")
         raise UserError(f"model.model_kwargs takes no {key}={config.model_kwargs[key]!r}")
@@ -130,7 +139,7 @@ def create_model(
         # Reading weights may raise anything.
         what = "load the weights of" if weights else "build"
         reason = one_line(error) or type(error).__name__
-        raise UserError(f"cannot {what} {config.model}: {reason}") from error
+        raise UserError(f"cannot {what} {config.model}: {reason[:LONGEST]}") from error
     return model
 
 
@@ -144,10 +153,15 @@ def collect(config: Config, accelerator: Accelerator) -> Built:
     rank, world = accelerator.process_index, accelerator.num_processes
     set_seed(config.run.seed)
     split = find_split(config.data)
-    config.model, weights = begins_from(config.model)
+    resumed = goes_on_from(config.model, config.run.run_dir) if config.run.resume else None
+    weights, origin = resumed, None
+    if resumed is None:
+        config.model, weights = begins_from(config.model)
     model = create_model(config.model, split.num_classes, weights)
     num_classes = config.model.num_classes or split.num_classes
-    origin = fit_head(model, split.train.classes, num_classes) if weights else None
+    if weights and resumed is None:
+        check_whole(model, config.model, weights)
+        origin = fit_head(model, split.train.classes, num_classes)
     loaders = create_loaders(config.data, config.model, model, split, config.run.seed, rank, world)
     own_images = len(loaders.batches.own(0))
     accum = config.optim.grad_accum_steps

@@ -53,11 +53,22 @@ def _sides(pair: tuple[float, float]) -> tuple[float, float]:
     return pair
 
 
-def _only(values: Any) -> Any:
-    """The command line's list of a single word."""
-    return values[0] if isinstance(values, list) and values == ["balanced"] else values
+def _weights(values: Any) -> Any:
+    """The command line's list of a single word is that word."""
+    if values is None or values in ("balanced", ["balanced"]):
+        return None if values is None else "balanced"
+    try:
+        return tuple(float(value) for value in values)
+    except (TypeError, ValueError) as error:
+        raise ValueError("balanced, or a number for each class, is accepted") from error
 
 
+# Of timm.create_model, arguments that are not the model's: what is loaded, and from where.
+LOADING = (
+    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict",
+    "checkpoint_path", "cache_dir", "scriptable", "exportable", "no_jit", "features_only",
+    "out_indices", "device", "dtype",
+)  # fmt: skip
 DATASETS = (
     "folder", "tar", "wds", "hfds", "digits", "cifar10", "cifar100", "flowers102", "oxford_pets",
 )  # fmt: skip
@@ -68,7 +79,7 @@ Range = Annotated[tuple[float, float], AfterValidator(_range)]
 Places = Annotated[tuple[int, int], AfterValidator(_places)]
 Sides = Annotated[tuple[float, float], AfterValidator(_sides)]
 Weights = Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
-ClassWeights = Annotated[Literal["balanced"] | Weights | None, BeforeValidator(_only)]
+ClassWeights = Annotated[Literal["balanced"] | Weights | None, BeforeValidator(_weights)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
@@ -165,7 +176,11 @@ class ModelConfig(Section):
                      ("freeze_layers", "linear_probe", "lora_rank")):  # fmt: skip
             given = [f"{key}={getattr(self, key)}" for key in keys if getattr(self, key)]
             if len(given) > 1:
-                raise ValueError(f"{' and '.join(given)} are given, one of them is accepted")
+                raise ValueError(
+                    f"{' and '.join(given)} are given, one of them is accepted; a flag turns off "
+                    f"what a file has, as --{keys[0].replace('_', '-')} "
+                    f"{'false' if keys[0] == 'pretrained' else '0'}"
+                )
         return self
 
 

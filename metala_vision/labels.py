@@ -33,9 +33,11 @@ def labels_of(model: nn.Module, checkpoint: str) -> tuple[list[str], dict[str, s
     if not names and timm.is_model(checkpoint):
         subset = infer_imagenet_subset(model)
         names = ImageNetInfo(subset).label_names() if subset else []
-    if len(names) != count:
+    if len(names) > count:
         return [str(i) for i in range(count)], {}
-    return names, {**describe(names), **(cfg.get("label_descriptions") or {})}
+    described = {**describe(names), **(cfg.get("label_descriptions") or {})}
+    # model.num_classes may be more than the classes of the data.
+    return names + [str(i) for i in range(len(names), count)], described
 
 
 def brief(words: str, longest: int) -> str:

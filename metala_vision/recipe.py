@@ -101,7 +101,9 @@ def weigh_classes(optim: OptimConfig, counts: np.ndarray) -> Tensor | None:
         present = np.count_nonzero(counts)
         given = [counts.sum() / (present * count) if count else 0.0 for count in counts]
     if len(given) != len(counts):
-        raise UserError(f"optim.class_weights has {len(given)} numbers for {len(counts)} classes")
+        raise UserError(
+            f"optim.class_weights has {len(given)} numbers for {len(counts)} outputs of the model"
+        )
     return torch.tensor(given, dtype=torch.float32)
 
 

@@ -56,7 +56,13 @@ def find_split(config: DataConfig) -> Split:
             only the held-out part has, settings that contradict each other.
     """
     split = _whole_split(config)
-    return split if config.class_range is None else _of_classes(split, *config.class_range)
+    if config.class_range is not None:
+        split = _of_classes(split, *config.class_range)
+    for part, indices in (("training", split.train_indices), ("held-out", split.val_indices)):
+        if not len(indices):
+            low, high = config.class_range or (0, split.num_classes)
+            raise UserError(f"no {part} image of classes {low} to {high - 1}")
+    return split
 
 
 def _of_classes(split: Split, low: int, high: int) -> Split:

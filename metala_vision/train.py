@@ -234,6 +234,7 @@ class Run:
                     f"the images are not those that {self.config.run.run_dir} was trained on"
                 )
             restore(self.training, load_weights(path), state)
+            self.built.begins_from = state.get("begins_from")
             for what, positions in state["unreadable"].items():
                 self.unreadable[what].positions = set(positions)
             self.evaluations = {
@@ -281,6 +282,7 @@ class Run:
                     (step, epoch, dataclasses.asdict(values))
                     for step, (epoch, values) in self.evaluations.items()
                 ],
+                "begins_from": self.built.begins_from,
                 "metrics_bytes": self.folder.sync(),
                 "seconds": self.folder.seconds(),
             }

@@ -175,6 +175,11 @@ def check_matched(comparison: CompareConfig, num_classes: int = 10) -> None:
     first_traits: dict[str, tuple[str, Any]] = {}
     for member in comparison.members:
         config = member_config(comparison, member, comparison.seeds[0])
+        if config.run.patience is not None:
+            raise UserError(
+                f"member {member.name}: run.patience={config.run.patience} would end runs at "
+                "different steps; give overrides: {run: {patience: null}}"
+            )
         with torch.device("meta"):
             model = create_model(config.model, config.model.num_classes or num_classes)
         keys = _keys(config) | {

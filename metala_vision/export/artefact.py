@@ -14,6 +14,7 @@ from metala_vision._version import __version__
 from metala_vision.errors import UserError, one_line
 from metala_vision.evaluate import find_images, load_model
 from metala_vision.files import replacing
+from metala_vision.labels import labels_of
 from metala_vision.layers.scan import ANY_SIZE
 from metala_vision.models.backbone import Backbone
 from metala_vision.visualize.command import image_files, read_images
@@ -200,7 +201,7 @@ def describe(
         "normalization": "inside" if wanted.normalize else "outside",
         "dtype": wanted.dtype,
         "dynamic": wanted.dynamic,
-        "class_names": None if names is None else list(names),
+        "class_names": None if names is None else labels_of(model, "")[0],
         "class_descriptions": cfg.get("label_descriptions"),
         "versions": versions,
     }  # fmt: skip

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # Of a configuration's data, what says which images, how they are split and read.
 DATA_KEYS = (
     "dataset", "data_dir", "train_split", "val_split", "input_key", "target_key", "val_fraction",
-    "split_seed", "class_range", "batch_size", "workers", "max_unreadable",
+    "val_file", "split_seed", "class_range", "batch_size", "workers", "max_unreadable",
 )  # fmt: skip
 NEIGHBOURS = (10, 20)
 
@@ -70,9 +70,6 @@ def run(given: argparse.Namespace, config: DataConfig, model_kwargs: dict[str, A
     from .extract import create, extract
 
     device, split = find_device(given.device), find_split(config)
-    for name, indices in (("training", split.train_indices), ("held-out", split.val_indices)):
-        if not len(indices):
-            raise UserError(f"no {name} images of these classes")
     if max(given.k) > len(split.train_indices):
         raise UserError(f"--k {max(given.k)}: there are {len(split.train_indices)} training images")
     figures: dict[str, Any] = {}

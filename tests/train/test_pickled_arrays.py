@@ -7,6 +7,7 @@ import pytest
 
 from metala_vision.config import DataConfig
 from metala_vision.errors import UserError
+from metala_vision.pickled_arrays import read_pickle
 from metala_vision.splits import find_split
 from tests.train._published import make_cifar
 
@@ -76,3 +77,44 @@ def test_damaged_cifar_is_read_or_told(hundred, tmp_path):
             told += 1
             assert str(path) in str(error) and "\n" not in str(error)
     assert told > 20
+
+
+class Call:
+    """What a pickle writes of a call, and of a state set behind it."""
+
+    def __init__(self, function, *arguments, state=None):
+        self.reduced = (function, arguments) if state is None else (function, arguments, state)
+
+    def __reduce__(self):
+        return self.reduced
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        Call(np.ndarray, Call(np.ndarray, (1,), "O", b"A" * 8)),  # pointers of the file's
+        Call(np.ndarray, (2,), "u1"),
+        Call(np.zeros(1).__reduce__()[0], np.ndarray, (0,), b"b",
+             state=(1, (1,), np.dtype("O"), False, [1])),
+        Call(np.zeros(1).__reduce__()[0], np.ndarray, (0,), b"b",
+             state=(1, (10**12,), np.dtype("u1"), False, b"abc")),
+        Call(np.zeros(1).__reduce__()[0], np.ndarray, (0,), b"b",
+             state=(1, (-3,), np.dtype("u1"), False, b"abc")),
+    ],
+    ids=["pointers", "an array that is called", "objects", "too large", "below zero"],
+)  # fmt: skip
+def test_a_pickle_that_would_make_memory_its_own_is_refused(made, tmp_path):
+    path = tmp_path / "batch"
+    path.write_bytes(pickle.dumps({"data": made}, protocol=2))
+    with pytest.raises(UserError, match="cannot read"):
+        read_pickle(path)
+
+
+def test_flags_of_a_type_are_not_believed(tmp_path):
+    path = tmp_path / "batch"
+    kind = Call(np.dtype, "u1", False, True, state=(3, "|", None, None, None, -1, -1, 63))
+    data = Call(np.zeros(1).__reduce__()[0], np.ndarray, (0,), b"b",
+                state=(1, (3,), kind, False, b"abc"))  # fmt: skip
+    path.write_bytes(pickle.dumps({"data": data}, protocol=2))
+    found = read_pickle(path)["data"]
+    assert found.tolist() == [97, 98, 99] and not found.dtype.hasobject
