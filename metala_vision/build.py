@@ -154,9 +154,8 @@ def collect(config: Config, accelerator: Accelerator) -> Built:
     set_seed(config.run.seed)
     split = find_split(config.data)
     resumed = goes_on_from(config.model, config.run.run_dir) if config.run.resume else None
-    weights, origin = resumed, None
-    if resumed is None:
-        config.model, weights = begins_from(config.model)
+    config.model, weights = resumed or begins_from(config.model)
+    origin = None
     model = create_model(config.model, split.num_classes, weights)
     num_classes = config.model.num_classes or split.num_classes
     if weights and resumed is None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .checkpoint import CONFIG_FILE, MODEL_FILE, Checkpoints
 from .config import LOADING, ModelConfig
+from .config_file import load_config
 from .errors import UserError, one_line
 
 # Of a checkpoint's description, what holds for a model that begins from it too.
@@ -99,11 +100,14 @@ def begins_from(config: ModelConfig) -> tuple[ModelConfig, dict[str, Any]]:
     return config, {"pretrained": True, "pretrained_cfg_overlay": overlay}
 
 
-def goes_on_from(config: ModelConfig, run_dir: Path | None) -> dict[str, Any] | None:
-    """The arguments that build a resumed model without the weights that it began from, which need
+def goes_on_from(
+    config: ModelConfig, run_dir: Path | None
+) -> tuple[ModelConfig, dict[str, Any]] | None:
+    """What begins_from gives, for a resumed run, without the weights that it began from, which need
     not be there any more; None where it began from none, or has no checkpoint yet.
 
-    What is done to an image was those weights' to say, and stands beside the checkpoints.
+    What those weights decided stands in the run's configuration, what is done to an image beside
+    its checkpoints.
     """
     if run_dir is None or not (config.pretrained or config.pretrained_path):
         return None
@@ -111,8 +115,21 @@ def goes_on_from(config: ModelConfig, run_dir: Path | None) -> dict[str, Any] | 
     for step in reversed(checkpoints.steps()):
         with suppress(UserError):  # a damaged one, which is passed over
             cfg = _description(checkpoints.path(step)).pretrained_cfg
-            return {"pretrained_cfg_overlay": cfg.inherited()}
+            if config.pretrained_path is not None:
+                config = _decided_before(config, load_config(str(run_dir / "config.yaml")).model)
+            return config, {"pretrained_cfg_overlay": cfg.inherited()}
     return None
+
+
+def _decided_before(config: ModelConfig, stored: ModelConfig) -> ModelConfig:
+    """With what begins_from had found for the run where it is not given."""
+    found = {
+        key: getattr(stored, key)
+        for key in ("model", "patch_size", "img_size")
+        if key not in config.model_fields_set
+    }
+    kwargs = {**stored.model_kwargs, **config.model_kwargs}
+    return config.model_copy(update={**found, "model_kwargs": kwargs})
 
 
 def _description(folder: Path) -> _Description:

@@ -196,7 +196,8 @@ def test_lora_that_does_not_fit():
         choose_trained(create_model(config, 3), config)
 
 
-def test_a_run_is_resumed_when_what_it_began_from_is_gone(digit_tree, tmp_path):
+@pytest.mark.parametrize("how", ["by its folder", "by the same flags"])
+def test_a_run_is_resumed_when_what_it_began_from_is_gone(how, digit_tree, tmp_path):
     first = tmp_path / "first"
     run_train(digit_tree, first, "--mean", "0.3", "--std", "0.4", model=SMALL_MODEL, steps=1)
     flags = ("--pretrained-path", first / "last", "--checkpoint-minutes", "1e-9")
@@ -204,7 +205,10 @@ def test_a_run_is_resumed_when_what_it_began_from_is_gone(digit_tree, tmp_path):
     shutil.rmtree(first)
     shutil.rmtree(tmp_path / "run/checkpoints/step-00000003")
     AcceleratorState._reset_state(reset_partial_state=True)
-    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    if how == "by its folder":
+        assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    else:
+        run_train(digit_tree, tmp_path / "run", *flags, "--resume", "auto", model=())
     again = load_file(tmp_path / "run/last/model.safetensors")
     assert all(again[name].equal(value) for name, value in saved.items())
     now = json.loads((tmp_path / "run/last/config.json").read_text())
