@@ -136,6 +136,7 @@ def python(code, folder):
     )
 
 
+@pytest.mark.launch
 def test_every_module_imports_with_triton_blocked():
     names = sorted(
         name for name in modules() if not name.split(".")[-1].lstrip("_").startswith("triton")
@@ -158,6 +159,7 @@ def test_the_bare_name_of_the_kernels_folder_is_refused():
     assert "ImportError" in done.stderr and "import it as 'metala_vision.kernels'" in done.stderr
 
 
+@pytest.mark.launch
 def test_the_import_registers_the_models_and_no_name_stands_in_timm_before():
     code = (
         "import timm\n"

@@ -37,6 +37,7 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path) == ["folder"]
 
 
+@pytest.mark.launch
 def test_a_stream_is_written_to_itself():
     code = "from pathlib import Path; from metala_vision.files import write_text as w; "
     code += "w(Path('/dev/stdout'), 'told')"

@@ -219,6 +219,7 @@ def test_names_of_classes():
     assert brief("x" * 30, 20) == "x" * 19 + "…"
 
 
+@pytest.mark.launch
 def test_without_a_network(photos):
     """With shipped weights; any connection would end the process with a traceback."""
     code = (

@@ -367,6 +367,7 @@ def test_models_take_turns_and_hopeless_points_are_not_tried_twice(tmp_path, mon
     assert asked == [("attention_nano", 64)]
 
 
+@pytest.mark.launch
 def test_help_needs_none_of_the_training_libraries():
     code = (
         "import sys\nfrom metala_vision.cli import main\n"

@@ -223,6 +223,7 @@ def test_every_setting_reaches_the_run(flags, finished_run, digit_tree, tmp_path
     assert metrics(tmp_path / "run") != metrics(finished_run)
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize(("base", "flags"), DEPENDENT, ids=str)
 def test_every_setting_of_a_setting_reaches_the_run(base, flags, digit_tree, tmp_path):
     assert main(arguments(digit_tree, tmp_path / "base", *base)) == 0

@@ -153,7 +153,7 @@ def test_unreadable_image(capsys, own_digit_tree, tmp_path, workers):
         (["--model", "metala_nano", "--model-kwargs", "mlp_ratio=-1"], "cannot build metala_nano"),
         (
             ["--model", "metala_nano", "--model-kwargs", "checkpoint_path=/nowhere.pth"],
-            "cannot build",
+            "model.model_kwargs takes no checkpoint_path='/nowhere.pth'",
         ),
         (["--model", "deit_tiny_patch16_224", "--model-kwargs", "num_heads=0"], "cannot build"),
         (["--min-lr", "1"], "optim.min_lr=1.0 exceeds the peak learning rate"),
@@ -289,6 +289,7 @@ def test_unknown_command(capsys):
     assert "invalid choice: 'trian'" in capsys.readouterr().err
 
 
+@pytest.mark.launch
 def test_the_script_exits_with_the_status():
     script = [sys.executable, str(ROOT / "train_imagenet.py"), "--data-dir", "/nowhere"]
     done = subprocess.run(script, capture_output=True, text=True, cwd=ROOT)
@@ -296,6 +297,7 @@ def test_the_script_exits_with_the_status():
     assert done.stderr == "train_imagenet.py: error: data folder /nowhere does not exist\n"
 
 
+@pytest.mark.launch
 def test_ctrl_c_says_so(digit_tree, tmp_path):
     script = [
         sys.executable, str(ROOT / "train_imagenet.py"), "--data-dir", str(digit_tree),
