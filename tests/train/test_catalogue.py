@@ -348,6 +348,7 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path):
     assert convert(source.image(0), "RGB").size == (8, 8)
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("name", NAMES)
 def test_its_configuration_trains_and_leaves_a_checkpoint(name, roots, tmp_path, capsys):
     status = main([

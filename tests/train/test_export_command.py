@@ -132,6 +132,7 @@ def test_no_place_of_this_machine_is_in_it(exported):
     assert b"metala_vision/layers" not in exported.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.export
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # of torch.export.load
 def test_what_is_told_of_a_model_of_timm(tmp_path, capsys):
@@ -165,6 +166,7 @@ def test_a_file_of_other_weights_is_refused(checkpoint, exported):
         proof.prove("torch", exported, model, [case], "float32", True, True)
 
 
+@pytest.mark.slow
 @pytest.mark.export
 def test_wrong_weights_in_the_file_leave_none(checkpoint, tmp_path, monkeypatch, capsys):
     """One bias, moved by a hundred thousandth: nothing is written."""

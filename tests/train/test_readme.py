@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 
 from tests.train._runs import ROOT
 
-pytestmark = [pytest.mark.launch]
+pytestmark = [pytest.mark.launch, pytest.mark.slow]
 
 
 def commands() -> list[str]:
@@ -37,22 +37,14 @@ def sixty_images(folder):
             )
 
 
-@pytest.mark.parametrize(
-    "shorter",
-    [
-        pytest.param(("--epochs", "3"), id="three epochs"),
-        pytest.param((), id="as written", marks=pytest.mark.slow),
-    ],
-)
-def test_from_sixty_images_to_a_deployed_model(shorter, tmp_path):
+def test_from_sixty_images_to_a_deployed_model(tmp_path):
     lines = commands()
     assert [line.split()[0] for line in lines] == ["train", "predict", "features", "export"]
     sixty_images(tmp_path / "photos")
     said = {}
     for line in lines:
-        more = shorter if line.startswith("train ") else ()
         done = subprocess.run(
-            [sys.executable, "-m", "metala_vision", *shlex.split(line), *more],
+            [sys.executable, "-m", "metala_vision", *shlex.split(line)],
             cwd=tmp_path, capture_output=True, text=True, timeout=600,
             env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(tmp_path),
                  "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
@@ -60,7 +52,7 @@ def test_from_sixty_images_to_a_deployed_model(shorter, tmp_path):
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
         said[line.split()[0]] = done.stdout
     top1 = re.findall(r"best ([\d.]+) %", said["train"].splitlines()[-1])
-    assert shorter or float(top1[0]) >= 50  # of six classes; chance is 17
+    assert float(top1[0]) >= 50  # of six classes; chance is 17
     assert (tmp_path / "predictions.png").stat().st_size > 20_000
     assert said["predict"].count("kind ") >= 300  # names of files and classes
     assert "(before training kNN " in said["features"]

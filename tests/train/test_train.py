@@ -216,6 +216,7 @@ DEPENDENT = [
 ]  # fmt: skip
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("flags", SETTINGS, ids=lambda flags: flags[0].removeprefix("--"))
 def test_every_setting_reaches_the_run(flags, finished_run, digit_tree, tmp_path):
     """Runs repeat bit by bit, so a setting that changes nothing in the metrics is not applied."""

@@ -308,6 +308,7 @@ def test_lora_on_two_processes(digit_tree, tmp_path):
         torch.testing.assert_close(both[name], value, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("ema", [(), ("--model-ema", "--model-ema-decay", "0.5")])
 def test_a_lora_run_leaves_a_plain_model_and_goes_on_as_itself(ema, digit_tree, tmp_path):
     flags = ("--pretrained", "--lora-rank", "4", "--checkpoint-minutes", "1e-9", *ema)
@@ -427,6 +428,7 @@ def test_patience_ends_a_run_and_a_resumed_one_at_the_same_step(digit_tree, tmp_
 # The configurations that ship
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("name", ["folder", "linear_probe", "lora"])
 def test_a_configuration_runs_on_ten_images_a_class(name, digit_tree, tmp_path):
     tree = shutil.copytree(digit_tree / "train", tmp_path / "photos")
