@@ -23,7 +23,7 @@ test-kernels: $(READY)  ## the Triton kernels without a GPU: interpreted, and co
 	$(PARALLEL) tests/kernels -m "aot and not slow"
 
 test-export: $(READY)  ## the smallest model through AOTInductor and ONNX
-	$(PARALLEL) -m "export and not slow"
+	$(BIN)/python -m pytest -m "export and not slow"
 
 test-timm: $(READY)  ## timm's own model tests over our models; FILTER names fewer
 	$(BIN)/python -m tests.timm_suite $(if $(FILTER),'$(FILTER)')

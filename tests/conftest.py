@@ -1,8 +1,6 @@
 """Real images as an ImageFolder tree, small models, and a clean slate for accelerate."""
 
-import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,11 +8,6 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from sklearn.datasets import load_digits
-
-if worker := os.environ.get("PYTEST_XDIST_WORKER"):
-    # Two that compile the same graph would read what the other is still writing.
-    folder = Path(tempfile.gettempdir()) / f"metala-vision-inductor-{os.getuid()}" / worker
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 # A backbone that trains a step in milliseconds; flags for the command line.
 SMALL_MODEL = (
