@@ -23,10 +23,10 @@ test-kernels: $(READY)  ## the Triton kernels without a GPU: interpreted, and co
 	$(PARALLEL) tests/kernels -m "aot and not slow"
 
 test-export: $(READY)  ## the smallest model through AOTInductor and ONNX
-	$(BIN)/python -m pytest -m "export and not slow"
+	$(PARALLEL) -m "export and not slow"
 
 test-timm: $(READY)  ## timm's own model tests over our models; FILTER names fewer
-	$(BIN)/python -m tests.timm_suite $(if $(FILTER),'$(FILTER)')
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.timm_suite $(if $(FILTER),'$(FILTER)') -n auto --maxprocesses 8
 
 test-slow: $(READY)  ## all tests that need no GPU
 	$(PARALLEL) -m "not gpu and not interpreter"

@@ -1,6 +1,8 @@
 """Real images as an ImageFolder tree, small models, and a clean slate for accelerate."""
 
+import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,12 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from sklearn.datasets import load_digits
+
+# Two processes that compile one graph into one cache can read what the other has half written.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(
+        tempfile.gettempdir(), f"metala_vision_inductor_{os.environ['PYTEST_XDIST_WORKER']}"
+    )
 
 # A backbone that trains a step in milliseconds; flags for the command line.
 SMALL_MODEL = (

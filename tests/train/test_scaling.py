@@ -251,6 +251,7 @@ def test_a_point_over_its_time_is_a_cell_and_is_measured_again_with_more(tmp_pat
 
 
 @pytest.mark.launch
+@pytest.mark.slow
 def test_other_failures_are_lines_below_the_table(tmp_path, capsys, monkeypatch):
     """swin cannot be made for windows that do not fit; the command says so and goes on."""
     output = tmp_path / "out"
