@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.export import Dim, export
 
+from metala_vision.kernels.gated_linear_attention import gated_linear_attention
 from metala_vision.layers import scan_order
 from metala_vision.layers.regla import (
     exponential_attention,
@@ -151,8 +152,6 @@ def test_the_running_maximum_is_a_factor_of_a_tokens_output(direction, order):
 
 def _globally(q, k, v, log_decay, direction, order):
     """With the maximum over all tokens, in one direction: what the running one stands for."""
-    from metala_vision.kernels.gated_linear_attention import gated_linear_attention
-
     phi_q, phi_k, _ = exponential_features(q, k, "bidirectional", order)
     return gated_linear_attention(
         phi_q, v, phi_k, log_decay=log_decay, scale=variance_scale(K), direction=direction,
