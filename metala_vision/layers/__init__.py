@@ -13,6 +13,7 @@ from .mamba import MambaMixer, check_mamba
 from .metala import MetaLAMixer
 from .mixer import TokenMixer
 from .pos_embed import SinCos2d, check_pos_embed
+from .regla import ReGLAMixer
 from .retnet import RetNetMixer
 from .scan import ORDERS, check_scans, inverse, scan_order
 
@@ -29,6 +30,7 @@ __all__ = [
     "LowerBounds",
     "MambaMixer",
     "MetaLAMixer",
+    "ReGLAMixer",
     "RetNetMixer",
     "SinCos2d",
     "TokenConv",

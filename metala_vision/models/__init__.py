@@ -2,11 +2,12 @@
 
 import timm
 
-from . import attention, gla, hgrn, hgrn2, linear_attention, lru, mamba, metala, retnet
+from . import attention, gla, hgrn, hgrn2, linear_attention, lru, mamba, metala, regla, retnet
 from .backbone import Backbone
 
 FAMILIES = (
-    "metala", "attention", "gla", "hgrn", "hgrn2", "linear_attention", "lru", "mamba", "retnet",
+    "metala", "attention", "gla", "hgrn", "hgrn2", "linear_attention", "lru", "mamba", "regla",
+    "retnet",
 )  # fmt: skip
 
 
@@ -27,5 +28,6 @@ __all__ = [
     "lru",
     "mamba",
     "metala",
+    "regla",
     "retnet",
 ]

@@ -10,9 +10,10 @@ after t,
     linear attention          map[t, s] = (q_t . k_s) / (sum_s q_t . k_s + 1e-6)
     softmax attention         map[t, s] = softmax_s(K^-0.5 q_t . k_s)
 
-with k_s = 1 - alpha_s in MetaLA and HGRN2. Backward visits the tokens in the reversed order. A map
-is of tokens in raster order, whatever the order they are visited in, and stops before what follows
-the operator: self-augmentation, norm and output gate.
+with k_s = 1 - alpha_s in MetaLA and HGRN2, and exponential features in place of q and k in ReGLA.
+Backward visits the tokens in the reversed order. A map is of tokens in raster order, whatever the
+order they are visited in, and stops before what follows the operator: self-augmentation, norm and
+output gate.
 """
 
 import inspect
@@ -35,20 +36,22 @@ from metala_vision.layers import (
     linear_attention,
     mamba,
     metala,
+    regla,
     retnet,
 )
 from metala_vision.layers import rotation as elementwise
+from metala_vision.layers.pos_embed import rope2d
 
 # The modules that call an operator, and the names by which they call it.
-CALLERS = (attention, gla, hgrn2, linear_attention, mamba, metala, retnet, elementwise)
+CALLERS = (attention, gla, hgrn2, linear_attention, mamba, metala, regla, retnet, elementwise)
 OPERATORS = (
-    "gated_linear_attention_op", "linear_recurrence_op", "normalised_linear_attention",
-    "selective_scan_op", "softmax_attention",
+    "exponential_attention", "gated_linear_attention_op", "linear_recurrence_op",
+    "normalised_linear_attention", "selective_scan_op", "softmax_attention",
 )  # fmt: skip
 PRODUCT = "scaled_dot_product_attention"
 ACCEPTED = (
-    "MetaLA, GLA, HGRN2, RetNet, linear or softmax attention, and timm's transformers whose "
-    "tokens all attend to all"
+    "MetaLA, GLA, HGRN2, ReGLA, RetNet, linear or softmax attention, and timm's transformers "
+    "whose tokens all attend to all"
 )
 
 
@@ -230,6 +233,7 @@ def attention_map(
         direction = "forward" if inputs.get("is_causal") else "bidirectional"
         return _names(direction, 1), softmax_map(q.double() * factor, k, v, direction, None, tokens)
     function = {
+        "exponential_attention": exponential_map,
         "gated_linear_attention_op": gated_map,
         "normalised_linear_attention": normalised_map,
         "softmax_attention": softmax_map,
@@ -293,6 +297,25 @@ def gated_map(
                 taken = since.exp() * key[way, :, past, h] * q[:, t, h].double().unsqueeze(1)
                 weights[d, :, h, row, past] = scale * taken.sum(2)
     return weights
+
+
+def exponential_map(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, Gh: int, Gw: int, rope: bool, scale: float,
+    direction: str, order: Tensor | None, tokens: Sequence[int] | None = None,
+) -> Tensor:  # fmt: skip
+    """gated_map of the features exp(q_t - max q_t) and exp(k_s - m), m that of the query's token.
+
+    The arguments are those of layers.regla.exponential_attention. Source: ReGLA, arXiv 2502.01578.
+
+    Returns:
+        [D, B, H, T, N], float64; D is 2, forward and backward, for direction="bidirectional".
+    """
+    phi_q, phi_k, fall = regla.exponential_features(q.double(), k.double(), direction, order)
+    if fall is not None:
+        log_decay = log_decay + fall
+    if rope:
+        phi_q, phi_k = rope2d(phi_q, Gh, Gw), rope2d(phi_k, Gh, Gw)
+    return gated_map(phi_q, v, phi_k, None, log_decay, 1.0, scale, direction, order, tokens)
 
 
 def normalised_map(

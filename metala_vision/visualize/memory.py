@@ -17,7 +17,7 @@ from .maps import Call, recording
 
 QUANTILES = (0.1, 0.5, 0.9)
 MOST = 2**21  # values kept of a layer and pass
-ACCEPTED = "models of MetaLA, GLA, HGRN, HGRN2, RetNet, LRU or Mamba"
+ACCEPTED = "models of MetaLA, GLA, HGRN, HGRN2, ReGLA, RetNet, LRU or Mamba"
 
 
 @dataclass
@@ -53,6 +53,8 @@ def log_decays(call: Call) -> Tensor | None:
             delta = delta + bias[:, None, None]
         step = F.softplus(delta.double()).unsqueeze(4)
         return (step * A[:, None, None].double()).flatten(3).unsqueeze(3)
+    if call.operator == "exponential_attention":  # of the gates: no state is forgotten by rescaling
+        return given["log_decay"].unsqueeze(0)
     if call.operator != "gated_linear_attention_op":
         return None
     log_decay = given["log_decay"]

@@ -135,6 +135,38 @@ def hgrn2(x, p, H, conv, direction, visits, gamma=0.0, rope=False):
     return (y @ p["out_proj.weight"].T).reshape(Gh, Gw, C)
 
 
+def regla(x, p, H, conv, direction, visits, rope=False):
+    """ReGLA, arXiv 2502.01578, for one image: features over the maximum of all tokens, then, in one
+    direction, each token's output over that of the tokens it hears of."""
+    Gh, Gw, C = x.shape
+    N, K = Gh * Gw, C // H
+    x = convolve(x, p.get("conv.conv.weight"), conv, direction).reshape(N, C)
+    parts = x @ p["in_proj.weight"].T
+    q, k, v = np.split(parts[:, : 3 * C], 3, axis=1)
+    gates = sigmoid(parts[:, 3 * C :] + p["gate_bias"])
+    F, r = gates[:, :C], gates[:, C:]
+    if r.size:
+        F = (1 - r) * F**2 + r * (1 - (1 - F) ** 2)
+    y = np.zeros((N, C))
+    for h in range(H):
+        c = slice(h * K, h * K + K)
+        phi_q = np.exp(q[:, c] - q[:, c].max(1, keepdims=True))
+        phi_k = np.exp(k[:, c] - k[:, c].max())
+        if rope:
+            phi_q, phi_k = turned2d(phi_q, 1, Gw), turned2d(phi_k, 1, Gw)
+        o = recurrence(
+            phi_q, [phi_k] * 2, v[:, c], [F[:, c]] * 2, direction, visits[h],
+            1 / (np.e * np.sqrt(K * (np.e**2 - 1))),
+        )  # fmt: skip
+        if direction != "bidirectional":
+            for step in range(N):
+                heard_of = [visits[h][s] for s in heard(step, N, direction)]
+                o[visits[h][step]] *= np.exp(k[:, c].max() - k[heard_of, c].max())
+        for t in range(N):
+            y[t, c] = norm(o[t], "layer")
+    return (y @ p["out_proj.weight"].T).reshape(Gh, Gw, C)
+
+
 def retnet(
     x, p, H, conv, direction, visits, ratio=1, gammas=None, rotary=True, kind="layer",
     rope=False,

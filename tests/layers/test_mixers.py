@@ -18,6 +18,7 @@ from metala_vision.layers import (
     LowerBounds,
     LRUMixer,
     MambaMixer,
+    ReGLAMixer,
     RetNetMixer,
     scan_order,
 )
@@ -36,6 +37,7 @@ MIXERS = {
     LinearAttentionMixer: _by_hand.linear_attention,
     LRUMixer: _by_hand.lru,
     MambaMixer: _by_hand.mamba,
+    ReGLAMixer: _by_hand.regla,
     RetNetMixer: _by_hand.retnet,
 }
 WITH_QUERIES = [m for m in MIXERS if m not in (HGRNMixer, LRUMixer, MambaMixer)]
@@ -95,6 +97,7 @@ OPTIONS = [
         {"gammas": [np.exp(-(2.0 ** (-8 * h / H)) * (1 - 1 / 2 + 1e-5)) for h in (1, 2)]},
     ),
     (LinearAttentionMixer, {"feature_map": "relu"}, {"kind": "relu"}),
+    (ReGLAMixer, {"refine": False}, {}),
     (MambaMixer, {"average": False}, {"average": False}),
     (MambaMixer, {"shared_parameters": True}, {}),
     (MambaMixer, {"expand": 1, "d_state": 5, "dt_rank": 3}, {}),
@@ -260,6 +263,8 @@ def test_published_decays():
         (MambaMixer, {"d_state": 16.0}, r"d_state must be a whole number >= 1, got 16\.0"),
         (MambaMixer, {"expand": "2"}, "expand must be a whole number >= 1, got '2'"),
         (MambaMixer, {"dt_rank": 0}, "dt_rank must be a whole number >= 1, got 0"),
+        (ReGLAMixer, {"gate_bias": float("nan")}, "gate_bias must be a finite number, got nan"),
+        (ReGLAMixer, {"dim": 12, "rope": True}, "rope needs a key width divisible by 4, got 6"),
         (RetNetMixer, {"dim": 14}, "rotary='scan' needs an even key width, got 7"),
         (RetNetMixer, {"decay": "fast"}, "decay='fast' is unknown; accepted: retnet, transnormer"),
         (RetNetMixer, {"rotary": "2d"}, "rotary='2d' is unknown; accepted: scan, none"),

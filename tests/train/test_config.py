@@ -39,6 +39,7 @@ def test_shipped_configurations():
 
 MIXERS = {
     "metala", "attention", "gla", "hgrn", "hgrn2", "retnet", "linear_attention", "lru", "mamba",
+    "regla",
 }  # fmt: skip
 
 
@@ -79,7 +80,7 @@ def test_matched_configurations_differ_in_the_model_alone():
 
 
 def test_published_language_models_are_causal_without_a_convolution():
-    for name in ("gla", "lru", "retnet", "transnormer"):
+    for name in ("gla", "lru", "regla", "retnet", "transnormer"):
         model = load_config(f"published/{name}_tiny").model
         mixer = timm.create_model(model.model, device="meta", **model.model_kwargs).blocks[0].mixer
         assert (mixer.conv.kind, mixer.direction) == ("none", "forward")

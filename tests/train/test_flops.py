@@ -68,6 +68,11 @@ BY_HAND = {
         lambda: product(N, C, 3 * C) + product(N, C, C) + conv3x3(C) + recurrence(2 * K, 2 * K),
         3 * C,
     ),
+    # two gates, keys as wide as values
+    "regla": (
+        lambda: product(N, C, 5 * C) + product(N, C, C) + conv3x3(C) + recurrence(2 * K, 2 * K),
+        149,
+    ),
     "retnet": (
         lambda: product(N, C, 4 * C) + product(N, C, C) + conv3x3(C) + recurrence(2 * K, 2 * K),
         171,

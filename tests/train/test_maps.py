@@ -44,6 +44,8 @@ MIXERS = {
     "gla-rope": (layers.GLAMixer, {"rope": True}),
     "hgrn2": (layers.HGRN2Mixer, {}),
     "hgrn2-rope": (layers.HGRN2Mixer, {"rope": True}),
+    "regla": (layers.ReGLAMixer, {}),
+    "regla-rope": (layers.ReGLAMixer, {"rope": True, "refine": False}),
     "retnet": (layers.RetNetMixer, {}),
     "retnet-rope": (layers.RetNetMixer, {"rope": True, "value_ratio": 2}),
     "transnormer": (layers.RetNetMixer, {"decay": "transnormer", "rotary": "none"}),
@@ -90,11 +92,13 @@ def test_so_it_is_in_float32(name):
     assert relative_rms(product(call), call.output.double()) < FLOAT32
 
 
-@pytest.mark.parametrize("name", ["metala", "gla-vig", "hgrn2", "retnet", "metala-two-decays"])
+@pytest.mark.parametrize(
+    "name", ["metala", "gla-vig", "hgrn2", "regla", "retnet", "metala-two-decays"]
+)
 def test_a_wrong_map_is_noticed(name):
     """What the equality above would miss: the order, the scale, the decay, the direction."""
     call = recorded(name, scans="hilbert")
-    decay = "gate" if call.inputs["gate"] is not None else "log_decay"
+    decay = "gate" if call.inputs.get("gate") is not None else "log_decay"
     wrongs = [
         {"order": None}, {"order": inverse(call.inputs["order"])},
         {"scale": 2 * call.inputs["scale"]}, {decay: 0.9 * call.inputs[decay]},
@@ -176,7 +180,7 @@ def test_decays_of_nothing_and_of_all():
     torch.testing.assert_close(gated_map(*call)[0, 0, 0], expected, rtol=1e-12, atol=0.0)
 
 
-FAMILIES = ("metala", "attention", "gla", "hgrn2", "retnet", "linear_attention")
+FAMILIES = ("metala", "attention", "gla", "hgrn2", "regla", "retnet", "linear_attention")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -47,6 +47,9 @@ def test_retnet():
         ("metala_nano", {}, (16, 16)),
         ("metala_nano", {"tau": 4.0}, (4, 4)),
         ("gla_nano", {}, (16, 16)),
+        # F = 1/4 + 2/2 1/2 1/2, and g
+        ("regla_nano", {}, (1, 1)),
+        ("regla_nano", {"refine": False}, (1, 1)),
         # f = gamma + (1 - gamma) / 2, gamma = 0 and 1 / 2
         ("hgrn2_nano", {}, (1, math.log(0.5) / math.log(0.75))),
         ("hgrn_nano", {}, (1, math.log(0.5) / math.log(0.75))),
@@ -75,6 +78,15 @@ def test_constructed_decays(name, options, half_lives):
 def test_one_direction_is_named(direction):
     found = memory_lengths(zeroed("metala_nano", direction=direction), IMAGES, "metala")
     assert {own.decay for own in found} == {direction}
+
+
+def test_taking_a_state_to_a_greater_maximum_is_not_forgetting():
+    """Keys and queries of ReGLA are as at the start, its gates 1 / 2."""
+    model = timm.create_model("regla_nano", **SMALL, direction="forward").eval()
+    for block in model.blocks:
+        block.mixer.in_proj.weight.data[3 * 32 :].zero_()
+    for own in memory_lengths(model, torch.randn(2, 3, 32, 32), "regla"):
+        assert own.quantiles == pytest.approx([1.0] * 3, rel=EXACT)
 
 
 def test_a_decay_for_each_direction():

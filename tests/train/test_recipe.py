@@ -123,7 +123,8 @@ WAYS = {f"ways.{i}.{name}" for i in (0, 1) for name in OF_A_WAY}
 DECAYED = {
     "metala": (USUAL, {"w_aug"}), "attention": (USUAL, set()),
     "gla": (USUAL | {"decay_proj.weight"}, set()), "hgrn": (USUAL, {"theta"}),
-    "hgrn2": (USUAL, set()), "retnet": (USUAL, set()), "linear_attention": (USUAL, set()),
+    "hgrn2": (USUAL, set()), "regla": (USUAL, set()), "retnet": (USUAL, set()),
+    "linear_attention": (USUAL, set()),
     "mamba": ({"in_proj.weight"} | WAYS, {"ways.0.A_log", "ways.1.A_log"}),
     "lru": ({"conv.conv.weight"}, {"in_proj.weight"}),
 }  # fmt: skip
