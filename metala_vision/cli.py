@@ -28,6 +28,7 @@ COMMANDS = {
     "weights": "list, download, verify and publish pretrained weights",
     "export": "write a model as one file that runs without this package, and prove it",
     "visualize": "draw scan orders, attention maps, receptive fields, memory",
+    "probe": "try token mixers on synthetic tasks",
 }
 
 
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None, prog: str = "metala-vision", command: st
             "features": features_command, "bench": bench_command,
             "compare": compare_command, "scaling": scaling_command,
             "export": export_command,
-            "visualize": visualize_command, "weights": weights_command,
+            "visualize": visualize_command, "weights": weights_command, "probe": probe_command,
         }[command]  # fmt: skip
         return run(arguments, f"{prog} {command}")
     except ReportedError:  # by another process
@@ -302,6 +303,15 @@ def visualize_command(argv: list[str], prog: str) -> int:
         given.model_kwargs = _value("model_kwargs", given.model_kwargs)
     print(draw(given))
     return 0
+
+
+def probe_command(argv: list[str], prog: str) -> int:
+    """Probe; the last line printed is the path of the table."""
+    from .probe.command import add_arguments, run
+
+    parser = _Parser(prog, description="Try token mixers.", formatter_class=_Formatter)
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
 
 
 def weights_command(argv: list[str], prog: str) -> int:

@@ -3,11 +3,29 @@
 B batch, Gh x Gw the token grid, N = Gh * Gw tokens in raster order, C width.
 """
 
+import re
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 CONVS = ("depthwise2d", "causal1d", "none")
+ACCEPTED = (*CONVS, "causal1d(WIDTH)")
+
+
+def causal_width(kind: str) -> int:
+    """How many tokens a causal convolution sees: 4, or the WIDTH of "causal1d(WIDTH)"; 0 for the
+    other kinds.
+
+    Raises:
+        ValueError: for an unknown kind.
+    """
+    if kind in CONVS:
+        return 4 if kind == "causal1d" else 0
+    found = re.fullmatch(r"causal1d\(([1-9]\d*)\)", str(kind))
+    if found is None:
+        raise ValueError(f"conv={kind!r} is unknown; accepted: {', '.join(ACCEPTED)}")
+    return int(found[1])
 
 
 class TokenConv(nn.Module):
@@ -16,14 +34,16 @@ class TokenConv(nn.Module):
         depthwise2d: 3x3 on the grid, zeros outside
         causal1d: over the last four tokens in raster order (the next four with
             direction="backward", so that a mixer stays causal in its own direction)
+        causal1d(WIDTH): the same over that many tokens
         none: the identity, without SiLU
 
-    Source: causal1d of width 4 is that of MetaLA, arXiv 2411.10741, section 4; depthwise2d that of
-    ViG, arXiv 2405.18425. Neither has a bias; Mamba's, arXiv 2312.00752, does.
+    Source: causal1d of width 4 is that of MetaLA, arXiv 2411.10741, section 4, which takes
+    width 2 for associative recall (appendix A5); depthwise2d that of ViG, arXiv 2405.18425. None of
+    them has a bias; Mamba's, arXiv 2312.00752, does.
 
     Args:
         dim: C.
-        kind: "depthwise2d", "causal1d" or "none".
+        kind: "depthwise2d", "causal1d", "causal1d(WIDTH)" or "none".
         direction: of the mixer behind it; "bidirectional" convolves as "forward" does.
         bias: add one.
     Raises:
@@ -40,17 +60,19 @@ class TokenConv(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        if kind not in CONVS:
-            raise ValueError(f"conv={kind!r} is unknown; accepted: {', '.join(CONVS)}")
+        width = causal_width(kind)
         self.kind = kind
+        self.before = width - 1  # zeros in front of the first token
         self.reverse = direction == "backward"
         self.conv: nn.Module = nn.Identity()
         if kind == "depthwise2d":
             self.conv = nn.Conv2d(
                 dim, dim, 3, padding=1, groups=dim, bias=bias, device=device, dtype=dtype
             )
-        elif kind == "causal1d":
-            self.conv = nn.Conv1d(dim, dim, 4, groups=dim, bias=bias, device=device, dtype=dtype)
+        elif width:
+            self.conv = nn.Conv1d(
+                dim, dim, width, groups=dim, bias=bias, device=device, dtype=dtype
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, Gh, Gw, C] -> [B, Gh, Gw, C]."""
@@ -61,7 +83,7 @@ class TokenConv(nn.Module):
         tokens = x.flatten(1, 2).transpose(1, 2)  # [B, C, N]
         if self.reverse:
             tokens = torch.flip(tokens, [2])
-        tokens = self.conv(F.pad(tokens, [3, 0]))
+        tokens = self.conv(F.pad(tokens, [self.before, 0]))
         if self.reverse:
             tokens = torch.flip(tokens, [2])
         return F.silu(tokens.transpose(1, 2).reshape(x.shape))

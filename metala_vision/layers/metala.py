@@ -98,7 +98,8 @@ class MetaLAMixer(TokenMixer):
     Args:
         dim: C, divisible by 2 * num_heads.
         num_heads: H.
-        conv: "depthwise2d", "causal1d" or "none", see TokenConv; always along the raster.
+        conv: "depthwise2d", "causal1d", "causal1d(WIDTH)" or "none", see TokenConv; always along
+            the raster.
         direction: "forward", "backward" or "bidirectional".
         scans: the order in which tokens are visited, see scan_order; several names divide the
             heads among them. The output is in raster order whatever the scan.

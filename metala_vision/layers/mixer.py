@@ -21,7 +21,8 @@ class TokenMixer(nn.Module):
     Args:
         dim: C, divisible by widths * num_heads.
         num_heads: H.
-        conv: "depthwise2d", "causal1d" or "none", see TokenConv; always along the raster.
+        conv: "depthwise2d", "causal1d", "causal1d(WIDTH)" or "none", see TokenConv; always along
+            the raster.
         direction: "forward", "backward" or "bidirectional": which tokens a token hears of.
         scans: the order in which tokens are visited, see scan_order; several names divide the
             heads among them. The output is in raster order whatever the scan.

@@ -20,7 +20,7 @@ class Attention(Backbone):
 
     Args:
         num_heads: heads of the mixer.
-        conv: "depthwise2d", "causal1d" or "none".
+        conv: "depthwise2d", "causal1d", "causal1d(WIDTH)" or "none".
         direction: "forward", "backward" or "bidirectional".
         pos_embed: as Backbone, "sincos2d" here: attention alone is blind to order.
         **kwargs: those of Backbone; an unknown one raises TypeError.

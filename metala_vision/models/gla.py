@@ -20,7 +20,7 @@ class GLA(Backbone):
 
     Args:
         num_heads: heads of the mixer; key width embed_dim / (2 num_heads).
-        conv: "depthwise2d", "causal1d" or "none".
+        conv: "depthwise2d", "causal1d", "causal1d(WIDTH)" or "none".
         direction: "forward", "backward" or "bidirectional".
         shared_decay, average, norm, tau, rank: see GLAMixer.
         **kwargs: those of Backbone; an unknown one raises TypeError.

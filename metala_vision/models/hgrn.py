@@ -21,7 +21,7 @@ class HGRN(Backbone):
 
     Args:
         num_heads: groups of channels for several scans (split_heads); nothing else.
-        conv: "depthwise2d", "causal1d" or "none".
+        conv: "depthwise2d", "causal1d", "causal1d(WIDTH)" or "none".
         direction: "forward", "backward" or "bidirectional".
         mlp_ratio: 2 as published: the token mixer has 7 C^2 of the 13 C^2 parameters of a block.
         depth, embed_dim, device, dtype, **kwargs: those of Backbone; an unknown one raises

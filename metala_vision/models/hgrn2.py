@@ -20,7 +20,7 @@ class HGRN2(Backbone):
 
     Args:
         num_heads: heads of the mixer; width embed_dim / num_heads.
-        conv: "depthwise2d", "causal1d" or "none".
+        conv: "depthwise2d", "causal1d", "causal1d(WIDTH)" or "none".
         direction: "forward", "backward" or "bidirectional".
         depth, embed_dim, device, dtype, **kwargs: those of Backbone; an unknown one raises
             TypeError.

@@ -20,7 +20,7 @@ class LinearAttention(Backbone):
 
     Args:
         num_heads: heads of the mixer.
-        conv: "depthwise2d", "causal1d" or "none".
+        conv: "depthwise2d", "causal1d", "causal1d(WIDTH)" or "none".
         direction: "forward", "backward" or "bidirectional".
         feature_map: "elu" (elu + 1) or "relu".
         pos_embed: as Backbone, "sincos2d" here: linear attention alone is blind to order.

@@ -21,7 +21,7 @@ class LRU(Backbone):
 
     Args:
         num_heads: groups of channels for several scans (split_heads); nothing else.
-        conv: "depthwise2d", "causal1d" or "none".
+        conv: "depthwise2d", "causal1d", "causal1d(WIDTH)" or "none".
         direction: "forward", "backward" or "bidirectional".
         r_min, r_max, max_phase: see LRUMixer.
         mlp_ratio: None gives the channel mixer what the token mixer leaves of 13 C^2 parameters a

@@ -20,7 +20,7 @@ class Mamba(Backbone):
 
     Args:
         num_heads: groups of channels for several scans (split_heads); nothing else.
-        conv: "depthwise2d", "causal1d" or "none".
+        conv: "depthwise2d", "causal1d", "causal1d(WIDTH)" or "none".
         direction: "forward", "backward" or "bidirectional".
         expand, d_state, dt_rank, shared_parameters, average: see MambaMixer.
         mlp_ratio: None gives the channel mixer what the token mixer leaves of 13 C^2 parameters a

@@ -21,7 +21,7 @@ class MetaLA(Backbone):
 
     Args:
         num_heads: heads of the mixer; key width embed_dim / (2 num_heads).
-        conv: "depthwise2d", "causal1d" or "none".
+        conv: "depthwise2d", "causal1d", "causal1d(WIDTH)" or "none".
         direction: "forward", "backward" or "bidirectional".
         self_aug, key, tau, shared_decay: see MetaLAMixer.
         mlp_ratio: None is 3, less 1/6 for a second decay and for a projected key each: the channel

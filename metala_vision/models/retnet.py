@@ -20,7 +20,7 @@ class RetNet(Backbone):
 
     Args:
         num_heads: heads of the mixer; key width embed_dim / num_heads.
-        conv: "depthwise2d", "causal1d" or "none".
+        conv: "depthwise2d", "causal1d", "causal1d(WIDTH)" or "none".
         direction: "forward", "backward" or "bidirectional".
         value_ratio, decay, rotary, norm: see RetNetMixer.
         depth: number of blocks.
