@@ -1,0 +1,1 @@
+"""`metala-vision probe`: synthetic tasks that show what a token mixer can do."""
