@@ -16,28 +16,36 @@ from .pos_embed import SinCos2d, check_pos_embed
 from .regla import ReGLAMixer
 from .retnet import RetNetMixer
 from .scan import ORDERS, check_scans, inverse, scan_order
+from .unified import Functions, HeadNorm, Normaliser, Shared, UnifiedMixer
+from .unified_instances import unified
 
 __all__ = [
     "ORDERS",
     "AttentionMixer",
     "Block",
     "BoundedBlock",
+    "Functions",
     "GLAMixer",
     "HGRN2Mixer",
     "HGRNMixer",
+    "HeadNorm",
     "LRUMixer",
     "LinearAttentionMixer",
     "LowerBounds",
     "MambaMixer",
     "MetaLAMixer",
+    "Normaliser",
     "ReGLAMixer",
     "RetNetMixer",
+    "Shared",
     "SinCos2d",
     "TokenConv",
     "TokenMixer",
+    "UnifiedMixer",
     "check_mamba",
     "check_pos_embed",
     "check_scans",
     "inverse",
     "scan_order",
+    "unified",
 ]

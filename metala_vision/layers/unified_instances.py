@@ -1,0 +1,65 @@
+"""Which mixers are instances of the unified form, and the instance that one is."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import unified_functions as functions
+from .attention import AttentionMixer
+from .gla import GLAMixer
+from .hgrn import HGRNMixer
+from .hgrn2 import HGRN2Mixer
+from .linear_attention import LinearAttentionMixer
+from .lru import LRUMixer
+from .mamba import MambaMixer
+from .metala import MetaLAMixer
+from .mixer import TokenMixer
+from .regla import ReGLAMixer
+from .retnet import RetNetMixer
+from .unified import Functions, UnifiedMixer
+
+INSTANCES: dict[type[TokenMixer], type[functions.Instance]] = {
+    MetaLAMixer: functions.MetaLA,
+    GLAMixer: functions.GLA,
+    HGRNMixer: functions.HGRN,
+    HGRN2Mixer: functions.HGRN2,
+    ReGLAMixer: functions.ReGLA,
+    RetNetMixer: functions.RetNet,
+    LinearAttentionMixer: functions.LinearAttention,
+    LRUMixer: functions.LRU,
+    MambaMixer: functions.Mamba,
+}
+# A softmax weighs tokens by all the others: no state of a fixed size gives it.
+NO_RECURRENCE: tuple[type[TokenMixer], ...] = (AttentionMixer,)
+
+
+def unified(
+    mixer: nn.Module, lower_bound: Tensor | None = None, impl: str = "auto"
+) -> UnifiedMixer:
+    """The mixer as an instance of the unified form: the same map from the same parameters.
+
+    Args:
+        mixer: one of INSTANCES, whose parameters it shares.
+        lower_bound: the least decay [C] of this layer, for HGRN and HGRN2.
+        impl: see UnifiedMixer.
+    Raises:
+        ValueError: naming the mixer, if it is none of them.
+    """
+    m: Any = mixer
+    instance_cls = INSTANCES.get(type(m))
+    if instance_cls is None:
+        none = isinstance(mixer, NO_RECURRENCE)
+        why = "is no gated recurrence" if none else "has no unified form"
+        accepted = ", ".join(cls.__name__ for cls in INSTANCES)
+        raise ValueError(f"{type(mixer).__name__} {why}; accepted: {accepted}")
+    own = instance_cls(mixer, lower_bound)
+    options: dict[str, Any] = {"num_heads": m.num_heads, **own.options()}
+    if "conv" not in options:
+        options["conv"] = m.conv
+    five = Functions(own.query, own.key, own.value, own.decay, own.gate)
+    made = UnifiedMixer(
+        five, m.out_proj.out_features, direction=m.direction, scans=m.scans, out=m.out_proj,
+        impl=impl, **options,
+    )  # fmt: skip
+    made.source = mixer  # its other parameters
+    return made
