@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from . import unified_channels as channels
 from . import unified_functions as functions
 from .attention import AttentionMixer
 from .gla import GLAMixer
@@ -21,13 +22,13 @@ from .unified import Functions, UnifiedMixer
 INSTANCES: dict[type[TokenMixer], type[functions.Instance]] = {
     MetaLAMixer: functions.MetaLA,
     GLAMixer: functions.GLA,
-    HGRNMixer: functions.HGRN,
+    HGRNMixer: channels.HGRN,
     HGRN2Mixer: functions.HGRN2,
     ReGLAMixer: functions.ReGLA,
     RetNetMixer: functions.RetNet,
     LinearAttentionMixer: functions.LinearAttention,
-    LRUMixer: functions.LRU,
-    MambaMixer: functions.Mamba,
+    LRUMixer: channels.LRU,
+    MambaMixer: channels.Mamba,
 }
 # A softmax weighs tokens by all the others: no state of a fixed size gives it.
 NO_RECURRENCE: tuple[type[TokenMixer], ...] = (AttentionMixer,)
