@@ -119,7 +119,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "small": {
         "lengths": [(64, 8)], "dims": [64], "seeds": [0, 1, 2], "sweep_seeds": 1, "vocab": 64,
         "train_examples": 8_000, "test_examples": 500, "batch_size": 64, "epochs": 16,
-        "learning_rates": LOGSPACE_4_2[2:], "dropout": 0.0,
+        "learning_rates": LOGSPACE_4_2[2:], "dropout": 0.0, "mlp_ratio": 0.0,
     },
     "published": {},
     "hard": {"lengths": [(512, 80)], "dims": [64, 128]},
@@ -146,7 +146,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="so many of the seeds are trained at every learning rate, the others at the best of "
         "them alone [all; small: 1]")  # fmt: skip
     add("--conv", help=f"{CONVS} [published: MetaLA causal of width 2, Mamba of 4, else none]")
-    add("--mlp-ratio", type=float, help="of the channel mixers, 0: none [each family's own]")
+    add(
+        "--mlp-ratio",
+        type=float,
+        help="of the channel mixers, 0: none [each family's own; small: 0]",
+    )
     add("--precision", choices=["no", "bf16"], help="bf16: autocast [no]")
     add("--random-non-queries", action="store_true", default=None,
         help="random tokens in place of the filler")  # fmt: skip
