@@ -2,11 +2,23 @@
 
 import timm
 
-from . import attention, gla, hgrn, hgrn2, linear_attention, lru, mamba, metala, retnet
+from . import (
+    attention,
+    eva_attention,
+    gla,
+    hgrn,
+    hgrn2,
+    linear_attention,
+    lru,
+    mamba,
+    metala,
+    retnet,
+)
 from .backbone import Backbone
 
 FAMILIES = (
-    "metala", "attention", "gla", "hgrn", "hgrn2", "linear_attention", "lru", "mamba", "retnet",
+    "metala", "attention", "eva_attention", "gla", "hgrn", "hgrn2", "linear_attention", "lru", "mamba",
+    "retnet",
 )  # fmt: skip
 
 
@@ -19,6 +31,7 @@ __all__ = [
     "FAMILIES",
     "Backbone",
     "attention",
+    "eva_attention",
     "gla",
     "hgrn",
     "hgrn2",
