@@ -110,7 +110,8 @@ def group_side(Gh: int, Gw: int, landmarks: int, most: int) -> int:
         if isinstance(tokens, int):
             side = max(1, math.isqrt(tokens // landmarks))
             return min(side, most) if most > 0 else side
-        side = torch.sym_max(1, torch.sym_int(torch.sym_sqrt(tokens // landmarks)))
+        root: Any = (tokens // landmarks + 0.5) ** 0.5  # between squares: no rounding matters
+        side = torch.sym_max(1, torch.sym_int(root))
         return torch.sym_min(side, most) if most > 0 else side
 
 
@@ -141,8 +142,11 @@ def _gathered(x: Tensor, side: int) -> Tensor:
     slots = side if isinstance(side, int) else side + 1
     square = torch.arange(rows * columns + 1, device=x.device).unsqueeze(1)
     slot = torch.arange(slots * slots, device=x.device).unsqueeze(0)
-    r, c = square // columns * side + slot // slots, square % columns * side + slot % slots
-    there = (slot // slots < side) & (slot % slots < side) & (r < Gh) & (c < Gw)
+    # ONNX has no remainder by a length that is not known
+    row, i = square // columns, slot // slots
+    column, j = square - row * columns, slot - i * slots
+    r, c = row * side + i, column * side + j
+    there = (i < side) & (j < side) & (r < Gh) & (c < Gw)
     place = (r.clamp_max(Gh - 1) * Gw + c.clamp_max(Gw - 1)).flatten()
     found = x.flatten(1, 2).index_select(1, place)
     found = found.reshape(B, rows * columns + 1, slots * slots, E)
