@@ -186,14 +186,15 @@ def of_heads(x: Tensor, num_heads: int) -> Tensor:
 
 def existing(x: Tensor) -> Tensor:
     """Ones [1, Gh, Gw, 1] of the map x [B, Gh, Gw, C]: padded, they say where a token is."""
-    return torch.ones_like(x[:1, :, :, :1])
+    one = x[:1, :, :, :1]
+    return torch.ones_like(one if x.dtype == torch.float64 else one.float())
 
 
 @register_notrace_function
 def group_mean(x: Tensor, landmarks: int, window: int, num_heads: int) -> Tensor:
     """The mean over the tokens of each group, map [B, Gh, Gw, C] -> [B, H, NG, K]; 0 of none."""
     side = group_side(x.shape[1], x.shape[2], landmarks, window)
-    count = groups(existing(x.float()), side, window).sum(2).clamp_min(1.0)  # [1, NG, 1]
+    count = groups(existing(x), side, window).sum(2).clamp_min(1.0)  # [1, NG, 1]
     wide = x if x.dtype == torch.float64 else x.float()
     mean = groups(wide, side, window).sum(2) / count
     B, NG, C = mean.shape
@@ -241,7 +242,7 @@ def eva_attention(
     B, Gh, Gw, C = q.shape
     H, K = num_heads, C // num_heads
     windows = [of_heads(squares(x, window), H).transpose(1, 2) for x in [q, k, v]]
-    here = existing(k.float())
+    here = existing(k)
     inside = squares(here, window).squeeze(3) > 0  # [1, NW, LW]
     NW, LW = inside.shape[1], inside.shape[2]
     no: float = float("-inf")
