@@ -76,7 +76,8 @@ def control_variate_attention(
     - is of one token with group_key_c = k_m, whatever w is; or
     - has equal keys, group_key_c = k_m and group_bias log |P_c|, whatever w is.
     Its expectation is softmax attention, for one query, if group_bias_ic is
-    log Z_c - scale q_i . group_key_c and w_c is drawn from its mixture (q, k and w times scale^0.5).
+    log Z_c - scale q_i . group_key_c and w_c is drawn from its mixture (of q, k and w times
+    scale^0.5).
 
     Args:
         q: [B, NW, H, LQ, K], queries by window. k, v: [B, NW, H, LW, K], what they see exactly.
@@ -111,19 +112,18 @@ def group_side(Gh: int, Gw: int, landmarks: int, most: int) -> int:
             side = max(1, math.isqrt(tokens // landmarks))
             return min(side, most) if most > 0 else side
         root: Any = (tokens // landmarks + 0.5) ** 0.5  # between squares: no rounding matters
-        side = torch.sym_max(1, torch.sym_int(root))
-        return torch.sym_min(side, most) if most > 0 else side
+        least: Any = torch.sym_max(1, torch.sym_int(root))
+        return torch.sym_min(least, most) if most > 0 else least  # pyright: ignore[reportReturnType]
 
 
 def squares(x: Tensor, side: int) -> Tensor:
-    """A map [B, Gh, Gw, E] as squares [B, count, side * side, E], squares and tokens in raster order.
+    """A map [B, Gh, Gw, E] as squares [B, count, side * side, E], both in raster order.
 
     Tokens beyond the map are zeros.
     """
     B, Gh, Gw, E = x.shape
-    if not torch.jit.is_scripting():
-        if not isinstance(Gh * Gw * side, int):
-            return _gathered(x, side)
+    if not torch.jit.is_scripting() and not isinstance(Gh * Gw * side, int):
+        return _gathered(x, side)
     rows, columns = (Gh + side - 1) // side, (Gw + side - 1) // side
     x = F.pad(x, [0, 0, 0, columns * side - Gw, 0, rows * side - Gh])
     x = x.reshape(B, rows, side, columns, side, E).transpose(2, 3)
@@ -157,18 +157,17 @@ def from_squares(x: Tensor, side: int, Gh: int, Gw: int) -> Tensor:
     """The map [B, Gh, Gw, E] of its squares [B, count, side * side, E]."""
     B, _, _, E = x.shape
     rows, columns = (Gh + side - 1) // side, (Gw + side - 1) // side
-    if not torch.jit.is_scripting():
-        if not isinstance(Gh * Gw, int):
-            r = torch.arange(Gh, device=x.device).unsqueeze(1)
-            c = torch.arange(Gw, device=x.device).unsqueeze(0)
-            place = (r // side * columns + c // side) * side * side + r % side * side + c % side
-            return x.flatten(1, 2).index_select(1, place.flatten()).reshape(B, Gh, Gw, E)
+    if not torch.jit.is_scripting() and not isinstance(Gh * Gw, int):
+        r = torch.arange(Gh, device=x.device).unsqueeze(1)
+        c = torch.arange(Gw, device=x.device).unsqueeze(0)
+        place = (r // side * columns + c // side) * side * side + r % side * side + c % side
+        return x.flatten(1, 2).index_select(1, place.flatten()).reshape(B, Gh, Gw, E)
     x = x.reshape(B, rows, columns, side, side, E).transpose(2, 3)
     return x.reshape(B, rows * side, columns * side, E)[:, :Gh, :Gw]
 
 
 def groups(x: Tensor, side: int, window: int) -> Tensor:
-    """A map [B, Gh, Gw, E] as groups [B, NG, LG, E]; window > 0 cuts them at its windows' borders."""
+    """A map [B, Gh, Gw, E] as groups [B, NG, LG, E]; window > 0 cuts them at windows' borders."""
     if window == 0:
         return squares(x, side)
     B, _, _, E = x.shape
@@ -282,8 +281,8 @@ class EVAAttentionMixer(TokenMixer):
         y = o W_O + b_O
 
     Windows are squares of the map, r is learnt for each offset in one. Groups P_c are squares of
-    side floor(sqrt(N / landmarks)), at least 1. Both may be cut at the map's right and lower border,
-    so that any map has them. Cost and memory grow with N (window^2 + landmarks).
+    side floor(sqrt(N / landmarks)), at least 1. Both may be cut at the map's right and lower
+    border, so that any map has them. Cost and memory grow with N (window^2 + landmarks).
 
     Source: EVA, arXiv 2302.04542, in the form that its authors released for vision: the tokens of
     the window count once more in their groups, and no key_c is told how many tokens it stands for.
@@ -294,7 +293,7 @@ class EVAAttentionMixer(TokenMixer):
     W_k shared by the heads start as all others, r is not decayed, a bias in W_O as in DeiT.
 
     Args:
-        dim, num_heads, conv, scans: see TokenMixer; every token sees all, so a scan changes nothing.
+        dim, num_heads, conv, scans: see TokenMixer; a scan changes nothing.
         direction: "bidirectional".
         window: side of a window.
         landmarks: about how many groups; up to four times as many, where the root is rounded.

@@ -17,8 +17,8 @@ from . import (
 from .backbone import Backbone
 
 FAMILIES = (
-    "metala", "attention", "eva_attention", "gla", "hgrn", "hgrn2", "linear_attention", "lru", "mamba",
-    "retnet",
+    "metala", "attention", "eva_attention", "gla", "hgrn", "hgrn2", "linear_attention", "lru",
+    "mamba", "retnet",
 )  # fmt: skip
 
 

@@ -36,7 +36,9 @@ def eva_map(
         inner = row % window // side * window + column % window // side
         key_of = window_of * window**2 + inner
     member = key_of.unique().unsqueeze(1) == key_of  # [NG, N]
-    group_key, w = (_without_empty(x, exact_partition, Gh, Gw, window, side) for x in (group_key, w))
+    group_key, w = (
+        _without_empty(x, exact_partition, Gh, Gw, window, side) for x in (group_key, w)
+    )
 
     offset = (row.unsqueeze(1) - row + window - 1) * (2 * window - 1)
     offset = offset + column.unsqueeze(1) - column + window - 1
@@ -61,7 +63,7 @@ def eva_map(
 def _without_empty(
     x: Tensor, exact_partition: bool, Gh: int, Gw: int, window: int, side: int
 ) -> Tensor:
-    """x [B, H, groups, K] of the groups that have tokens; in windows that are cut, some have none."""
+    """x [B, H, groups, K] of the groups that have tokens; in cut windows, some have none."""
     if not exact_partition:
         return x
     a = -(-window // side)

@@ -48,8 +48,8 @@ CALLERS = (
     attention, eva_attention, gla, hgrn2, linear_attention, mamba, metala, retnet, elementwise
 )  # fmt: skip
 OPERATORS = (
-    "eva_attention", "gated_linear_attention_op", "linear_recurrence_op", "normalised_linear_attention",
-    "selective_scan_op", "softmax_attention",
+    "eva_attention", "gated_linear_attention_op", "linear_recurrence_op",
+    "normalised_linear_attention", "selective_scan_op", "softmax_attention",
 )  # fmt: skip
 PRODUCT = "scaled_dot_product_attention"
 ACCEPTED = (

@@ -123,7 +123,9 @@ def products(scale_of_features, squares=True):
     w = normal(SAMPLES, K, seed=5) / scale_of_features**0.5
     logs = [log_feature(x, w, scale_of_features) for x in (q, k)]
     if not squares:
-        logs = [y + scale_of_features * x.square().sum() / 2 for x, y in zip((q, k), logs, strict=True)]
+        logs = [
+            y + scale_of_features * x.square().sum() / 2 for x, y in zip((q, k), logs, strict=True)
+        ]
     exact = (scale * q @ k).exp()
     deviation = exact * ((scale * (q + k).square().sum()).exp() - 1).sqrt()
     return (logs[0] + logs[1]).exp().mean(), exact, 6 * deviation / SAMPLES**0.5
@@ -166,7 +168,7 @@ def test_randomized_attention_is_softmax_attention_in_expectation(right, wrong):
 
 @pytest.mark.parametrize("weight", [1.0, 2.0])
 def test_control_variates_are_softmax_attention_in_expectation(weight):
-    """Two exact tokens, two groups with w of their own mixtures and weights Z_c; twice those not."""
+    """Two exact tokens, two groups with w of their own mixtures and weights Z_c; not with 2 Z_c."""
     q, k, v = normal(2, seed=1), 1.5 * normal(8, 2, seed=2), normal(8, 2, seed=3)
     expected = (k @ q).softmax(0) @ v
     groups = torch.tensor([[2, 3, 4], [5, 6, 7]])

@@ -258,7 +258,11 @@ def test_published_decays():
     [
         (AttentionMixer, {"dim": 15}, "dim=15 is not divisible by num_heads=2"),
         *[
-            (EVAAttentionMixer, {"direction": way}, f"direction='{way}': EVA hears of all tokens; ac")
+            (
+                EVAAttentionMixer,
+                {"direction": way},
+                f"direction='{way}': EVA hears of all tokens; ac",
+            )
             for way in ("forward", "backward")
         ],
         (EVAAttentionMixer, {"window": 0}, "window must be a whole number >= 1, got 0"),
