@@ -3,6 +3,7 @@
 from .attention import AttentionMixer
 from .block import Block, BoundedBlock
 from .conv import TokenConv
+from .eva_attention import EVAAttentionMixer
 from .gla import GLAMixer
 from .hgrn import HGRNMixer
 from .hgrn2 import HGRN2Mixer
@@ -24,6 +25,7 @@ __all__ = [
     "AttentionMixer",
     "Block",
     "BoundedBlock",
+    "EVAAttentionMixer",
     "Functions",
     "GLAMixer",
     "HGRN2Mixer",

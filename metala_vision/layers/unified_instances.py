@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from . import unified_channels as channels
 from . import unified_functions as functions
 from .attention import AttentionMixer
+from .eva_attention import EVAAttentionMixer
 from .gla import GLAMixer
 from .hgrn import HGRNMixer
 from .hgrn2 import HGRN2Mixer
@@ -31,7 +32,7 @@ INSTANCES: dict[type[TokenMixer], type[functions.Instance]] = {
     MambaMixer: channels.Mamba,
 }
 # A softmax weighs tokens by all the others: no state of a fixed size gives it.
-NO_RECURRENCE: tuple[type[TokenMixer], ...] = (AttentionMixer,)
+NO_RECURRENCE: tuple[type[TokenMixer], ...] = (AttentionMixer, EVAAttentionMixer)
 
 
 def unified(

@@ -2,12 +2,24 @@
 
 import timm
 
-from . import attention, gla, hgrn, hgrn2, linear_attention, lru, mamba, metala, regla, retnet
+from . import (
+    attention,
+    eva_attention,
+    gla,
+    hgrn,
+    hgrn2,
+    linear_attention,
+    lru,
+    mamba,
+    metala,
+    regla,
+    retnet,
+)
 from .backbone import Backbone
 
 FAMILIES = (
-    "metala", "attention", "gla", "hgrn", "hgrn2", "linear_attention", "lru", "mamba", "regla",
-    "retnet",
+    "metala", "attention", "eva_attention", "gla", "hgrn", "hgrn2", "linear_attention", "lru",
+    "mamba", "regla", "retnet",
 )  # fmt: skip
 
 
@@ -20,6 +32,7 @@ __all__ = [
     "FAMILIES",
     "Backbone",
     "attention",
+    "eva_attention",
     "gla",
     "hgrn",
     "hgrn2",

@@ -9,6 +9,7 @@ after t,
     gated linear attention    map[t, s] = scale * q_t . (prod_{j=s+1..t} alpha_j * k_s)
     linear attention          map[t, s] = (q_t . k_s) / (sum_s q_t . k_s + 1e-6)
     softmax attention         map[t, s] = softmax_s(K^-0.5 q_t . k_s)
+    EVA                       see eva_map.py
 
 with k_s = 1 - alpha_s in MetaLA and HGRN2, and exponential features in place of q and k in ReGLA.
 Backward visits the tokens in the reversed order. A map is of tokens in raster order, whatever the
@@ -31,6 +32,7 @@ from metala_vision.errors import UserError
 from metala_vision.layers import (
     TokenMixer,
     attention,
+    eva_attention,
     gla,
     hgrn2,
     linear_attention,
@@ -42,16 +44,21 @@ from metala_vision.layers import (
 from metala_vision.layers import rotation as elementwise
 from metala_vision.layers.pos_embed import rope2d
 
+from .eva_map import eva_map
+
 # The modules that call an operator, and the names by which they call it.
-CALLERS = (attention, gla, hgrn2, linear_attention, mamba, metala, regla, retnet, elementwise)
+CALLERS = (
+    attention, eva_attention, gla, hgrn2, linear_attention, mamba, metala, regla, retnet,
+    elementwise,
+)  # fmt: skip
 OPERATORS = (
-    "exponential_attention", "gated_linear_attention_op", "linear_recurrence_op",
+    "eva_attention", "exponential_attention", "gated_linear_attention_op", "linear_recurrence_op",
     "normalised_linear_attention", "selective_scan_op", "softmax_attention",
 )  # fmt: skip
 PRODUCT = "scaled_dot_product_attention"
 ACCEPTED = (
-    "MetaLA, GLA, HGRN2, ReGLA, RetNet, linear or softmax attention, and timm's transformers "
-    "whose tokens all attend to all"
+    "MetaLA, GLA, HGRN2, ReGLA, RetNet, EVA, linear or softmax attention, and timm's "
+    "transformers whose tokens all attend to all"
 )
 
 
@@ -233,13 +240,14 @@ def attention_map(
         direction = "forward" if inputs.get("is_causal") else "bidirectional"
         return _names(direction, 1), softmax_map(q.double() * factor, k, v, direction, None, tokens)
     function = {
+        "eva_attention": eva_map,
         "exponential_attention": exponential_map,
         "gated_linear_attention_op": gated_map,
         "normalised_linear_attention": normalised_map,
         "softmax_attention": softmax_map,
     }[call.operator]
     weights = function(**inputs, tokens=tokens)
-    return _names(inputs["direction"], len(weights)), weights
+    return _names(inputs.get("direction", "bidirectional"), len(weights)), weights
 
 
 def relative_weight(weights: Tensor) -> Tensor:

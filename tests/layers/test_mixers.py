@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from metala_vision.kernels.gated_linear_attention import DIRECTIONS
 from metala_vision.layers import (
     AttentionMixer,
+    EVAAttentionMixer,
     GLAMixer,
     HGRN2Mixer,
     HGRNMixer,
@@ -31,6 +32,7 @@ from tests.layers import _by_hand
 C, H = 16, 2
 MIXERS = {
     AttentionMixer: _by_hand.attention,
+    EVAAttentionMixer: _by_hand.eva,
     GLAMixer: _by_hand.gla,
     HGRN2Mixer: _by_hand.hgrn2,
     HGRNMixer: _by_hand.hgrn,
@@ -40,6 +42,9 @@ MIXERS = {
     ReGLAMixer: _by_hand.regla,
     RetNetMixer: _by_hand.retnet,
 }
+# One that hears of all tokens, in one direction only: its refusal of the others is a wrong option
+ONE_WAY = (EVAAttentionMixer,)
+SMALL = {EVAAttentionMixer: {"window": 2, "landmarks": 2}}  # more than one group, of several tokens
 WITH_QUERIES = [m for m in MIXERS if m not in (HGRNMixer, LRUMixer, MambaMixer)]
 # float64, sums of some dozen terms; 1 - f by subtraction loses up to 1e-14 of a key near 0
 EXACT = 1e-11
@@ -47,7 +52,8 @@ EXACT = 1e-11
 
 def made(mixer_cls, **options):
     """A mixer with random weights, and its weights by name."""
-    mixer = mixer_cls(C, H, **options, dtype=torch.float64)
+    options = {**SMALL.get(mixer_cls, {}), **options}
+    mixer = mixer_cls(C, H, **options, dtype=torch.float64).eval()
     with torch.no_grad():
         for i, parameter in enumerate(mixer.parameters()):
             parameter.copy_(0.5 * normal(*parameter.shape, seed=i))
@@ -60,10 +66,14 @@ def visits(Gh, Gw, scans=("raster",)):
     return [orders[h * len(orders) // H] for h in range(H)]
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
+def ways(mixers=MIXERS, directions=DIRECTIONS):
+    """Every mixer with every direction that it takes."""
+    return [(m, d) for m in mixers for d in directions if m not in ONE_WAY or d == DIRECTIONS[2]]
+
+
 @pytest.mark.parametrize("conv", CONVS)
 @pytest.mark.parametrize("grid", [(1, 1), (3, 4)], ids=str)
-@pytest.mark.parametrize("mixer_cls", MIXERS)
+@pytest.mark.parametrize(("mixer_cls", "direction"), ways())
 def test_a_mixer_is_its_equations(mixer_cls, grid, conv, direction):
     mixer, weights = made(mixer_cls, conv=conv, direction=direction)
     x = normal(2, *grid, C, seed=50)
@@ -73,9 +83,8 @@ def test_a_mixer_is_its_equations(mixer_cls, grid, conv, direction):
     assert relative_rms(mixer(x).detach(), torch.from_numpy(np.stack(by_hand))) <= EXACT
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("scans", [("snake",), ("column", "spiral")], ids=str)
-@pytest.mark.parametrize("mixer_cls", MIXERS)
+@pytest.mark.parametrize(("mixer_cls", "direction"), ways())
 def test_along_any_scan(mixer_cls, scans, direction):
     mixer, weights = made(mixer_cls, scans=scans, direction=direction)
     x = normal(1, 3, 5, C, seed=50)
@@ -98,6 +107,13 @@ OPTIONS = [
     ),
     (LinearAttentionMixer, {"feature_map": "relu"}, {"kind": "relu"}),
     (ReGLAMixer, {"refine": False}, {}),
+    (EVAAttentionMixer, {"exact_partition": True}, {"disjoint": True}),
+    (EVAAttentionMixer, {"count_tokens": True}, {"counted": True}),
+    (
+        EVAAttentionMixer,
+        {"exact_partition": True, "count_tokens": True, "window": 3, "landmarks": 3},
+        {"disjoint": True, "counted": True, "window": 3, "landmarks": 3},
+    ),
     (MambaMixer, {"average": False}, {"average": False}),
     (MambaMixer, {"shared_parameters": True}, {}),
     (MambaMixer, {"expand": 1, "d_state": 5, "dt_rank": 3}, {}),
@@ -118,7 +134,8 @@ def test_every_option_is_its_equation(mixer_cls, options, by_hand):
 
     ours = mixer(x)[0].detach()
     assert relative_rms(ours, equations(**by_hand)) <= EXACT
-    if by_hand and "ratio" not in by_hand and by_hand != {"shared_decay": False}:
+    other_sizes = {"ratio", "window"} & set(by_hand)  # of weights
+    if by_hand and not other_sizes and by_hand != {"shared_decay": False}:
         assert relative_rms(ours, equations()) > 1e-3  # without the option: something else
 
 
@@ -147,9 +164,8 @@ def test_the_written_out_equations_notice_a_wrong_parameter(mixer_cls):
         assert relative_rms(ours, torch.from_numpy(by_hand)) > 1e-4, name
 
 
-@pytest.mark.parametrize("direction", ["forward", "bidirectional"])
 @pytest.mark.parametrize(
-    "mixer_cls", [m for m in MIXERS if m not in (HGRNMixer, LRUMixer, MambaMixer)]
+    ("mixer_cls", "direction"), ways(WITH_QUERIES, ["forward", "bidirectional"])
 )
 def test_rope_turns_queries_and_keys_by_row_and_column(mixer_cls, direction):
     mixer, weights = made(mixer_cls, rope=True, direction=direction)
@@ -190,7 +206,8 @@ def test_a_script_of_linear_attention_does_not_overflow_16_bits():
 
 @pytest.mark.parametrize("mixer_cls", MIXERS)
 def test_a_pass_of_fake_tensors_leaves_nothing_behind(mixer_cls):
-    mixer, x = mixer_cls(24, 3, scans="spiral", direction="forward"), torch.randn(1, 3, 7, 24)
+    way = "bidirectional" if mixer_cls in ONE_WAY else "forward"
+    mixer, x = mixer_cls(24, 3, scans="spiral", direction=way), torch.randn(1, 3, 7, 24)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         mixer(fake.from_tensor(x))
     assert torch.isfinite(mixer(x)).all()
@@ -243,6 +260,17 @@ def test_published_decays():
     ("mixer_cls", "options", "message"),
     [
         (AttentionMixer, {"dim": 15}, "dim=15 is not divisible by num_heads=2"),
+        *[
+            (
+                EVAAttentionMixer,
+                {"direction": way},
+                f"direction='{way}': EVA hears of all tokens; ac",
+            )
+            for way in ("forward", "backward")
+        ],
+        (EVAAttentionMixer, {"window": 0}, "window must be a whole number >= 1, got 0"),
+        (EVAAttentionMixer, {"landmarks": 2.5}, "landmarks must be a whole number >= 1, got 2.5"),
+        (EVAAttentionMixer, {"dim": 12, "rope": True}, "rope needs a key width divisible by 4"),
         (GLAMixer, {"dim": 18}, r"dim=18 is not divisible by 2 \* num_heads=4"),
         (GLAMixer, {"direction": "sideways"}, "direction='sideways' is unknown; accepted: forward"),
         (GLAMixer, {"norm": "batch"}, "norm='batch' is unknown; accepted: layer, rms"),
@@ -292,7 +320,7 @@ def test_a_wrong_option_is_named(mixer_cls, options, message):
 @pytest.mark.parametrize("mixer_cls", MIXERS)
 def test_under_autocast_a_mixer_stays_near_float32(mixer_cls):
     torch.manual_seed(0)
-    mixer, x = mixer_cls(32, 2), torch.randn(2, 5, 5, 32)
+    mixer, x = mixer_cls(32, 2).eval(), torch.randn(2, 5, 5, 32)
     with torch.no_grad():
         expected = mixer(x)
         with torch.autocast("cpu", torch.bfloat16):

@@ -22,7 +22,9 @@ def test_compiles_without_a_graph_break(name):
     model = timm.create_model(name, depth=2, num_classes=3)
     x = torch.randn(2, 3, 64, 64)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(0)  # EVA draws noise in training
     expected = model(x)
+    torch.manual_seed(0)
     actual = compiled(x)
     actual.sum().backward()
     torch.testing.assert_close(actual, expected)
@@ -62,7 +64,10 @@ def test_a_script_gives_the_same_numbers(name):
 @pytest.mark.parametrize("name", NANO)
 def test_one_layer_trains_compiled(name):
     """By Inductor, which has its own ideas of how to fuse a backward pass."""
-    model, x = timm.create_model(name, depth=1, num_classes=3), torch.randn(2, 3, 64, 64)
+    # Inductor draws EVA's noise in a way of its own
+    quiet = {"noise": False} if name == "eva_attention_nano" else {}
+    model = timm.create_model(name, depth=1, num_classes=3, **quiet)
+    x = torch.randn(2, 3, 64, 64)
     expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()),
                                    allow_unused=True)  # fmt: skip
     found = torch.autograd.grad(

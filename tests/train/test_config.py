@@ -38,8 +38,8 @@ def test_shipped_configurations():
 
 
 MIXERS = {
-    "metala", "attention", "gla", "hgrn", "hgrn2", "retnet", "linear_attention", "lru", "mamba",
-    "regla",
+    "metala", "attention", "eva_attention", "gla", "hgrn", "hgrn2", "retnet", "linear_attention",
+    "lru", "mamba", "regla",
 }  # fmt: skip
 
 

@@ -52,6 +52,13 @@ BY_HAND = {
         + 2 * H * product(N, C // H, N),
         3 * C,
     ),
+    # 3 x 4 tokens padded to a window of 4 x 4, groups of one token: q k^T and its product with v
+    # over both; two projections of each group's head. Elementwise, not counted: the groups' own.
+    "eva_attention": (
+        lambda: product(N, C, 3 * C) + product(N, C, C) + conv3x3(C)
+        + 2 * H * product(16, C // H, 16 + N) + 2 * product(N * H, C // H, C // H),
+        181,
+    ),
     # as MetaLA, and a decay of rank 16
     "gla": (
         lambda: product(N, C, 3 * C) + product(N, C, 16) + product(N, 16, C // 2)

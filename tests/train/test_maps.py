@@ -53,7 +53,13 @@ MIXERS = {
     "linear-relu-rope": (layers.LinearAttentionMixer, {"feature_map": "relu", "rope": True}),
     "softmax": (layers.AttentionMixer, {}),
     "softmax-rope": (layers.AttentionMixer, {"rope": True}),
+    "eva": (layers.EVAAttentionMixer, {"window": 2, "landmarks": 3}),
+    "eva-disjoint-rope": (
+        layers.EVAAttentionMixer,
+        {"window": 3, "landmarks": 3, "exact_partition": True, "count_tokens": True, "rope": True},
+    ),
 }  # fmt: skip
+ONE_WAY = ("eva", "eva-disjoint-rope")
 DIRECTIONS = ("forward", "backward", "bidirectional")
 
 
@@ -62,7 +68,7 @@ def recorded(name="metala", direction="bidirectional", scans="raster", dtype=tor
     kind, options = MIXERS[name]
     if direction != "bidirectional":
         options = {k: v for k, v in options.items() if k not in ("shared_decay", "average")}
-    mixer = kind(32, 2, direction=direction, scans=scans, dtype=dtype, **options)
+    mixer = kind(32, 2, direction=direction, scans=scans, dtype=dtype, **options).eval()
     with torch.no_grad(), recording(mixer) as calls:
         for i, weight in enumerate(mixer.parameters()):
             weight.copy_(normal(*weight.shape, seed=i, dtype=dtype))
@@ -72,14 +78,20 @@ def recorded(name="metala", direction="bidirectional", scans="raster", dtype=tor
 
 
 def product(call):
-    """The map times the values, [B, N, H, V]."""
+    """The map times the values, [B, N, H, V]; EVA's are maps, and so is its output."""
     _, weights = attention_map(call)
-    return torch.einsum("dbhts,bshv->bthv", weights, call.inputs["v"].double())
+    v = call.inputs["v"].double()
+    if call.operator != "eva_attention":
+        return torch.einsum("dbhts,bshv->bthv", weights, v)
+    heads = v.reshape(len(v), -1, weights.shape[2], v.shape[3] // weights.shape[2])
+    return torch.einsum("dbhts,bshv->bthv", weights, heads).reshape(v.shape)
 
 
 @pytest.mark.parametrize("scans", ["raster", "hilbert", ("column", "snake")], ids=str)
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize(
+    ("name", "direction"),
+    [(n, d) for n in MIXERS for d in DIRECTIONS if n not in ONE_WAY or d == DIRECTIONS[2]],
+)
 def test_the_map_times_the_values_is_the_output(name, direction, scans):
     call = recorded(name, direction, scans)
     assert call.grid == GRID and call.layer == 0
@@ -107,6 +119,20 @@ def test_a_wrong_map_is_noticed(name):
     if call.inputs[decay].dim() == 5:
         wrongs.append({decay: call.inputs[decay].flip(0)})
     right = call.inputs
+    for wrong in wrongs:
+        call.inputs = {**right, **wrong}
+        assert relative_rms(product(call), call.output) > 1e3 * FLOAT64, wrong
+
+
+@pytest.mark.parametrize("name", ONE_WAY)
+def test_a_wrong_map_of_eva_is_noticed(name):
+    call = recorded(name)
+    right = call.inputs
+    wrongs = [
+        {"w": 5 * right["w"].flip(2)}, {"group_key": right["group_key"].flip(2)},
+        {"table": right["table"].flip(0)}, {"count_tokens": not right["count_tokens"]},
+        {"q": right["q"].flip(1)},
+    ]  # fmt: skip
     for wrong in wrongs:
         call.inputs = {**right, **wrong}
         assert relative_rms(product(call), call.output) > 1e3 * FLOAT64, wrong
@@ -146,7 +172,7 @@ def test_nobody_hears_of_a_token_not_visited_yet(name, direction):
 
 
 def test_rows_of_some_tokens_are_rows_of_the_map():
-    for name in ("metala", "linear-relu-rope", "softmax"):
+    for name in ("metala", "linear-relu-rope", "eva", "softmax"):
         call = recorded(name, scans="column")
         names, some = attention_map(call, [7, 0])
         all_names, every = attention_map(call)
@@ -160,8 +186,9 @@ def recorded_names(name):
 
 
 def test_weights_of_attention_sum_to_one():
-    for name, least in (("softmax", 1e-12), ("linear", 1e-6)):  # 1e-6 in linear's denominator
-        for direction in DIRECTIONS:
+    # 1e-6 in linear's denominator
+    for name, least in (("softmax", 1e-12), ("linear", 1e-6), ("eva", 1e-12)):
+        for direction in DIRECTIONS[2:] if name in ONE_WAY else DIRECTIONS:
             _, weights = attention_map(recorded(name, direction, "snake"))
             assert (weights.sum(-1) - 1).abs().max() < least
 
@@ -180,7 +207,9 @@ def test_decays_of_nothing_and_of_all():
     torch.testing.assert_close(gated_map(*call)[0, 0, 0], expected, rtol=1e-12, atol=0.0)
 
 
-FAMILIES = ("metala", "attention", "gla", "hgrn2", "regla", "retnet", "linear_attention")
+FAMILIES = (
+    "metala", "attention", "eva_attention", "gla", "hgrn2", "regla", "retnet", "linear_attention"
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -108,7 +108,7 @@ def test_a_decay_for_each_direction():
 
 
 def test_no_decay_is_refused_and_no_forgetting_is_infinite():
-    for name in ("attention_nano", "linear_attention_nano"):
+    for name in ("attention_nano", "eva_attention_nano", "linear_attention_nano"):
         with pytest.raises(UserError, match=f"{name} has no decay, .*; accepted: models of MetaLA"):
             memory_lengths(zeroed(name), IMAGES, name)
     model = zeroed("lru_nano")

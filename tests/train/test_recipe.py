@@ -122,6 +122,9 @@ OF_A_WAY = ("conv.conv.weight", "dt_weight", "x_proj.weight")
 WAYS = {f"ways.{i}.{name}" for i in (0, 1) for name in OF_A_WAY}
 DECAYED = {
     "metala": (USUAL, {"w_aug"}), "attention": (USUAL, set()),
+    "eva_attention": (
+        USUAL | {"query_proj.weight", "key_proj.weight"}, {"relative_bias"},
+    ),
     "gla": (USUAL | {"decay_proj.weight"}, set()), "hgrn": (USUAL, {"theta"}),
     "hgrn2": (USUAL, set()), "regla": (USUAL, set()), "retnet": (USUAL, set()),
     "linear_attention": (USUAL, set()),
