@@ -28,9 +28,10 @@ def convolve(x, weight, conv, direction, bias=0.0):
         return silu(out + bias)
     tokens, N = x.reshape(-1, C), Gh * Gw
     out = out.reshape(-1, C)
+    width = {"causal1d": 4, "causal1d(2)": 2, "causal1d(5)": 5}[conv]
     for t in range(N):
-        for i in range(4):
-            back = 3 - i
+        for i in range(width):
+            back = width - 1 - i
             s = t + back if direction == "backward" else t - back
             if 0 <= s < N:
                 out[t] += weight[:, 0, i] * tokens[s]
