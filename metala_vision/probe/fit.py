@@ -103,7 +103,9 @@ def misfit(weights: Tensor, target: Tensor) -> Tensor:
     its target; there `errors` is flat, and no row would come back."""
     dot = (weights * target).sum(-1)
     size = weights.square().sum(-1).clamp_min(1e-300)
-    return (target.square().sum(-1) - dot * dot.abs() / size).sum(-1) / target.square().sum((-2, -1))
+    return (target.square().sum(-1) - dot * dot.abs() / size).sum(-1) / target.square().sum(
+        (-2, -1)
+    )
 
 
 def softmax_target(seed: int, N: int = TOKENS) -> Tensor:

@@ -45,6 +45,8 @@ def causal_backbone(
     Raises:
         ValueError, TypeError: for a family without a causal form; for widths that do not fit.
     """
+    if conv == "depthwise2d":
+        raise ValueError("conv='depthwise2d' hears of later tokens; a causal one is needed")
     options: dict[str, Any] = {} if mlp_ratio is None else {"mlp_ratio": mlp_ratio}
     backbone: Any = timm.create_model(
         f"{family}_nano", img_size=(1, length), patch_size=1, in_chans=dim, num_classes=0,
