@@ -9,6 +9,7 @@ from importlib import import_module
 
 PROBES = {
     "unified": "the table of docs/unified.md: each gated mixer as five functions",
+    "conditions": "dynamic memory, static approximation and least parameters of each gated mixer",
     "mqar": "multi-query associative recall: which mixers find again what they were told once",
 }
 
