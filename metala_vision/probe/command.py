@@ -11,6 +11,7 @@ PROBES = {
     "conditions": "MetaLA's three conditions, measured: dynamic memory, static approximation, least "
     "parameters",
     "unified": "the table of docs/unified.md: each gated mixer as five functions",
+    "conditions": "dynamic memory, static approximation and least parameters of each gated mixer",
     "mqar": "multi-query associative recall: which mixers find again what they were told once",
 }
 
