@@ -21,7 +21,9 @@ def probe(*argv):
 
 def test_the_document_holds_what_the_generator_writes(tmp_path, capsys):
     copy = tmp_path / "unified.md"
-    copy.write_text(DOC.read_text().replace(" yes |", " stale |"))
+    stale = DOC.read_text().replace("| 4.01 | yes |", "| 4.02 | yes |")
+    assert stale != DOC.read_text()
+    copy.write_text(stale)
     assert probe("--update", copy) == 0
     assert copy.read_text() == DOC.read_text()
     assert capsys.readouterr().out.strip() in DOC.read_text()
