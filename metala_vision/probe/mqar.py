@@ -213,6 +213,8 @@ def train_sweep(sweep: Sweep, output: Path, device_name: str = "auto") -> tuple[
     except Timeout:
         raise UserError(f"{output}: another process is training this sweep") from None
     try:
+        for torn in folder.glob(".*.*"):  # what a killed process was writing
+            torn.unlink(missing_ok=True)
         found: list[dict[str, Any]] = []
         for one in _runs(sweep, mixers, found):
             path = folder / f"{one.name}.json"
