@@ -146,7 +146,7 @@ def decays(systems: list["System"]) -> dict[str, Any]:
     moves, sizes = [], []
     with torch.no_grad():
         for system in systems:
-            for _, _, _, alpha in system.parts(tokens(system.dim, SIDE, seed=4)):
+            for alpha in system.forgetting(tokens(system.dim, SIDE, seed=4)):
                 log_decay = alpha.abs().log().flatten(0, 1).flatten(1)  # [N, H K]
                 still = (log_decay == log_decay[:1]).all(0)
                 share = log_decay.std(0) / log_decay.mean(0).abs()
