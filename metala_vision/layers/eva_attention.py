@@ -190,14 +190,15 @@ def existing(x: Tensor) -> Tensor:
 
 
 @register_notrace_function
-def group_mean(x: Tensor, landmarks: int, window: int, num_heads: int) -> Tensor:
-    """The mean over the tokens of each group, map [B, Gh, Gw, C] -> [B, H, NG, K]; 0 of none."""
-    side = group_side(x.shape[1], x.shape[2], landmarks, window)
+def group_mean(x: Tensor, landmarks: int, window: int, Gh: int, Gw: int) -> Tensor:
+    """The mean over the tokens of each group, [B, N, H, K] -> [B, H, NG, K]; 0 of none."""
+    B, _, H, K = x.shape
+    x = x.reshape(B, Gh, Gw, H * K)
+    side = group_side(Gh, Gw, landmarks, window)
     count = groups(existing(x), side, window).sum(2).clamp_min(1.0)  # [1, NG, 1]
     wide = x if x.dtype == torch.float64 else x.float()
     mean = groups(wide, side, window).sum(2) / count
-    B, NG, C = mean.shape
-    return mean.reshape(B, NG, num_heads, C // num_heads).transpose(1, 2).to(x.dtype)
+    return mean.reshape(B, mean.shape[1], H, K).transpose(1, 2).to(x.dtype)
 
 
 @register_notrace_function
@@ -231,17 +232,18 @@ def eva_attention(
     landmarks: int,
     exact_partition: bool,
     count_tokens: bool,
-    num_heads: int,
+    Gh: int,
+    Gw: int,
 ) -> Tensor:
     """`control_variate_attention` of every token of a map over its window and all groups.
 
-    q, k, v [B, Gh, Gw, C], group_key, w [B, H, NG, K], table as in relative_bias
-    -> [B, Gh, Gw, C].
+    q, k, v [B, N, H, K], group_key, w [B, H, NG, K], table as in relative_bias -> [B, N, H, K].
     """
-    B, Gh, Gw, C = q.shape
-    H, K = num_heads, C // num_heads
-    windows = [of_heads(squares(x, window), H).transpose(1, 2) for x in [q, k, v]]
-    here = existing(k)
+    B, N, H, K = q.shape
+    C = H * K
+    maps = [x.reshape(B, Gh, Gw, C) for x in [q, k, v]]
+    windows = [of_heads(squares(x, window), H).transpose(1, 2) for x in maps]
+    here = existing(maps[0])
     inside = squares(here, window).squeeze(3) > 0  # [1, NW, LW]
     NW, LW = inside.shape[1], inside.shape[2]
     no: float = float("-inf")
@@ -262,10 +264,12 @@ def eva_attention(
         group_bias = group_bias.expand(NW, 1, 1, NG).masked_fill(own.reshape(NW, 1, 1, NG), no)
     o = control_variate_attention(
         windows[0], windows[1], windows[2], bias,
-        of_heads(groups(k, side, border), H), of_heads(groups(v, side, border), H), present > 0,
+        of_heads(groups(maps[1], side, border), H), of_heads(groups(maps[2], side, border), H),
+        present > 0,
         group_key, w, group_bias.to(bias.dtype), K**-0.5,
     )  # fmt: skip
-    return from_squares(o.transpose(2, 3).reshape(B, NW, LW, C), window, Gh, Gw)
+    o = from_squares(o.transpose(2, 3).reshape(B, NW, LW, C), window, Gh, Gw)
+    return o.reshape(B, N, H, K)
 
 
 class EVAAttentionMixer(TokenMixer):
@@ -362,18 +366,17 @@ class EVAAttentionMixer(TokenMixer):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, Gh, Gw, C] -> [B, Gh, Gw, C]."""
         B, Gh, Gw, C = x.shape
-        H, K = self.num_heads, self.width
-        q, k, v = self.in_proj(self.conv(x)).split([C, C, C], dim=3)
+        N, H, K = Gh * Gw, self.num_heads, self.width
+        q, k, v = self.in_proj(self.conv(x)).reshape(B, N, 3, H, K).unbind(2)
         if self.rope:
-            q = rope2d(q.reshape(B, Gh * Gw, H, K), Gh, Gw).reshape(B, Gh, Gw, C)
-            k = rope2d(k.reshape(B, Gh * Gw, H, K), Gh, Gw).reshape(B, Gh, Gw, C)
-        query = group_mean(q, self.landmarks, self.border, H)
-        key = group_mean(k, self.landmarks, self.border, H)
+            q, k = rope2d(q, Gh, Gw), rope2d(k, Gh, Gw)
+        query = group_mean(q, self.landmarks, self.border, Gh, Gw)
+        key = group_mean(k, self.landmarks, self.border, Gh, Gw)
         query = self.query_norm(self.query_proj(query))
         key = self.key_norm(self.key_proj(key))
         w = draw(0.5 * (query + key), self.training and self.noise)
         o = eva_attention(
             q, k, v, key, w, self.relative_bias, self.window, self.landmarks,
-            self.exact_partition, self.count_tokens, H,
+            self.exact_partition, self.count_tokens, Gh, Gw,
         )  # fmt: skip
-        return self.out_proj(o)
+        return self.out_proj(o.reshape(B, Gh, Gw, C))

@@ -8,9 +8,8 @@ import argparse
 from importlib import import_module
 
 PROBES = {
-    "conditions": "MetaLA's three conditions, measured: dynamic memory, static approximation, least "
-    "parameters",
     "unified": "the table of docs/unified.md: each gated mixer as five functions",
+    "conditions": "dynamic memory, static approximation and least parameters of each gated mixer",
     "mqar": "multi-query associative recall: which mixers find again what they were told once",
 }
 

@@ -1,215 +1,242 @@
-"""`metala-vision probe conditions`: MetaLA's three conditions, measured on every gated recurrence.
+"""The three conditions of an optimal linear approximation to softmax attention, measured.
 
-Dynamic memory: does the decay follow the input? Static approximation: how near does the implicit
-attention map come to a random softmax map, by the size of the state? Least parameters: what do
-query, key and decay cost?
+1. dynamic memory: the decay changes with the input, and by how much
+2. static approximation: how near the attention map comes to a random softmax map, by state size
+3. least parameters: what each function has, and whether there is a key besides query and decay
+
+Source of the conditions, and of the claims beside them: MetaLA, arXiv 2411.10741, section 3 and
+Table 2.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metala_vision.errors import UserError, nearest
 from metala_vision.files import check_outputs, write_text
 
-from .unified import between, read_marked, table
+from .unified import between, read_marked
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .fit import Fit
     from .systems import System
 
 MARK = "metala-vision probe conditions"
-STATES = (1, 2, 4, 8, 16, 32)
-SIDE = 14  # of the map of tokens whose decays are looked at
-# MetaLA, arXiv 2411.10741, Table 2 and section 3; systems that it does not place have no entry.
-CLAIMS = {
-    "metala": "meets all three",
-    "gla": "not least parameters",
-    "mamba": "not least parameters",
-    "retnet": "no dynamic memory",
-    "transnormer": "no dynamic memory",
-    "lru": "no query, no dynamic memory",
-}
-HEAD = (
-    "system", "the paper", "decay moves", "half-life, tokens: 5 %", "50 %", "95 %",
-)  # fmt: skip
+SIZES, STEPS, TARGETS = (1, 2, 4, 8, 16, 32), 500, 3
+QUICK_SIZES, QUICK_STEPS = (1, 8), 20
+NEAR = 0.05  # a map that is nearer than this to its target, relative, counts as represented
+SHARES = (0.05, 0.5, 0.95)
+SIDE, INPUTS = 14, 4  # of the maps of tokens at which decays are looked at
+
+
+@dataclass
+class Dynamics:
+    """How the decay of a mixer, or of all layers of a model, answers its input.
+
+    changes: whether another input changes it at all. spread: the standard deviation of log alpha
+    over tokens, over its mean, by channel; the mean over channels. half_lives: quantiles SHARES
+    over tokens and channels, in tokens; None where nothing is forgotten.
+    """
+
+    name: str
+    changes: bool
+    spread: float
+    half_lives: list[float | None]
+
+
+@dataclass
+class Row:
+    """What was measured of one mixer. fits: by state size. parameters: over C^2, by function.
+
+    has: query, own key, dynamic decay. verdicts: of the three conditions, see verdicts.
+    """
+
+    name: str
+    dynamics: Dynamics
+    fits: "list[Fit]"
+    has: tuple[bool, bool, bool]
+    parameters: dict[str, float]
+    verdicts: tuple[bool, bool | None, bool | None]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags; imports nothing of torch."""
     add = parser.add_argument
-    add("--systems", nargs="+", metavar="NAME", help="[all]")
-    add("--models", nargs="+", default=[], metavar="MODEL",
-        help="decays of these too: folders that runs left, or timm names with weights")  # fmt: skip
-    add("--states", nargs="+", type=int, default=list(STATES), metavar="K",
-        help="states of a head, powers of 2 up to 32 [1 2 4 8 16 32]")  # fmt: skip
-    add("--targets", type=int, default=3, help="random softmax maps [3]")
-    add("--steps", type=int, default=1000, help="of Adam for each map [1000]")
-    add("--json", type=Path, metavar="FILE", help="every number as JSON")
+    add("--mixers", nargs="+", default=[], metavar="NAME", help="[all]")
+    add("--model", nargs="+", default=[], metavar="MODEL",
+        help="condition 1 of these too: folders that runs left, or timm names")  # fmt: skip
+    add("--image", type=Path, nargs="+", default=[], metavar="PATH",
+        help="files or folders: what --model sees [normal tokens into each layer]")  # fmt: skip
+    add("--max-images", type=int, default=16, help="of all [16]")
+    add("--steps", type=int, default=STEPS, help=f"of each fit [{STEPS}]")
+    add("--targets", type=int, default=TARGETS, help=f"random softmax maps [{TARGETS}]")
+    add("--quick", action="store_true",
+        help=f"{QUICK_STEPS} steps, one target, K = {QUICK_SIZES}")  # fmt: skip
+    add("--out", type=Path, metavar="FILE", help="the tables as Markdown")
+    add("--json", type=Path, metavar="FILE", help="all figures as JSON")
     add("--update", type=Path, metavar="FILE",
-        help=f"put the tables into this file, between its marks <!-- {MARK} --> and <!-- end -->",
-        )  # fmt: skip
+        help=f"put the tables between its marks <!-- {MARK} --> and <!-- end -->")  # fmt: skip
 
 
 def run(given: argparse.Namespace) -> int:
-    """Measure, print the tables, and write what was asked for.
+    """Measure and tell; exit status 0.
 
     Raises:
-        UserError: before anything is measured, for a value that cannot be or a file that cannot be
-            written.
+        UserError: for what the user can mend, before any work where it can be seen before.
     """
-    _check(given)
-    text = None if given.update is None else read_marked(given.update, MARK)
-    check_outputs({"--json": given.json, "--update": given.update})
-    found = measure(given.systems, given.models, given.states, given.targets, given.steps)
-    tables = as_markdown(found)
-    print(tables)
+    for flag in ("steps", "targets", "max_images"):
+        if getattr(given, flag) < 1:
+            name = flag.replace("_", "-")
+            raise UserError(f"--{name} needs 1 or more, got {getattr(given, flag)}")
+    if given.image and not given.model:
+        raise UserError("--image is what --model sees; name one")
+    outputs = {"--out": given.out, "--json": given.json, "--update": given.update}
+    marked = read_marked(given.update, MARK) if given.update is not None else ""
+    check_outputs(outputs, [(path, "--image") for path in given.image])
+    from .conditions_table import as_markdown
+    from .fit import MIXERS
+
+    for i, name in enumerate(given.mixers):
+        if name not in MIXERS:
+            near = nearest(name, list(MIXERS))
+            raise UserError(f"--mixers: {name!r} is none of {', '.join(MIXERS)}{near}")
+        if name in given.mixers[:i]:
+            raise UserError(f"--mixers: {name} is given twice")
+    source = provenance(given)  # the code as it was when the work began
+    models = [model_dynamics(name, given.image, given.max_images) for name in given.model]
+    names = given.mixers or list(MIXERS)
+    if given.quick:
+        rows = measure(names, QUICK_SIZES, QUICK_STEPS, 1)
+    else:
+        rows = measure(names, SIZES, given.steps, given.targets)
+    text = as_markdown(rows, models)
+    print(text)
+    if given.out is not None:
+        write_text(given.out, f"{source}\n\n{text}\n")
     if given.json is not None:
-        write_text(given.json, json.dumps(found, indent=1) + "\n")
-    if given.update is not None and text is not None:
-        write_text(given.update, between(text, MARK, tables))
+        written = {
+            "mixers": [dataclasses.asdict(row) for row in rows],
+            "models": [dataclasses.asdict(own) for own in models],
+        }
+        write_text(given.json, json.dumps(written, indent=2) + "\n")
+    if given.update is not None:
+        write_text(given.update, between(marked, MARK, f"{source}\n\n{text}"))
     return 0
 
 
-def _check(given: argparse.Namespace) -> None:
-    wrong = [K for K in given.states if K not in STATES]
-    if wrong:
-        raise UserError(f"--states: {wrong[0]} is not one of {', '.join(map(str, STATES))}")
-    if given.targets < 1 or given.steps < 1:
-        raise UserError(
-            f"--targets and --steps need 1 or more, got {given.targets} and {given.steps}"
-        )
-    from .fit import MIXERS
+def provenance(given: argparse.Namespace) -> str:
+    """The command and the commit of a block of a document."""
+    from metala_vision.run_folder import code_version
 
-    for name in given.systems or ():
-        if name not in MIXERS:
-            raise UserError(
-                f"--systems: {name!r} is unknown; accepted: {', '.join(MIXERS)}"
-                f"{nearest(name, list(MIXERS))}"
-            )
+    flags = [
+        *(["--mixers", *given.mixers] if given.mixers else []),
+        *(["--model", *given.model] if given.model else []),
+        *(["--image ..."] if given.image else []),
+        *(["--steps", str(given.steps)] if given.steps != STEPS else []),
+        *(["--targets", str(given.targets)] if given.targets != TARGETS else []),
+        *(["--quick"] if given.quick else []),
+    ]
+    return f"`{' '.join([MARK, *flags])}`, commit {code_version() or 'unknown'}."
 
 
-def measure(
-    names: list[str] | None = None,
-    models: list[str] | None = None,
-    states: list[int] | tuple[int, ...] = STATES,
-    targets: int = 3,
-    steps: int = 1000,
-) -> dict[str, Any]:
-    """What the tables hold, as JSON has it.
-
-    Args:
-        names: systems, None for all. models: as `evaluate.load_model` reads them.
-        states, targets, steps: of the fits, see fit.fit.
-    Raises:
-        UserError: naming a model that cannot be loaded or has no gated recurrence.
-    """
-    from metala_vision.evaluate import load_model
-
+def measure(names: Sequence[str], sizes: Sequence[int], steps: int, targets: int) -> list[Row]:
+    """All three conditions of these mixers as they are registered, at the tiny size, seed 0."""
     from .fit import fit
-    from .systems import registered, systems_of
+    from .systems import classes, parameters, registered, tokens
 
-    trained = {}
-    for name in models or ():
-        trained[name] = systems_of(name, load_model(name).eval())
-        if not trained[name]:
-            raise UserError(f"--models: {name} has no gated recurrence")
-    found: dict[str, Any] = {"systems": {}, "models": {}, "steps": steps, "targets": targets}
-    for system in registered(names=names):
-        fits = {}
-        for K in sorted(set(states)):
-            one = fit(system.name, K, targets, steps)
-            if one is not None:
-                fits[K] = {"error": one.error, "rows": one.rows}
-            _tell(system.name, K, one)
-        found["systems"][system.name] = {
-            "dynamic": decays([system]), "fits": fits, **counts(system)
-        }  # fmt: skip
-    for name, systems in trained.items():
-        found["models"][name] = {"dynamic": decays(systems)}
-    return found
+    rows = []
+    for system in registered("tiny", list(names)):
+        maps = [[tokens(system.dim, SIDE, seed)] for seed in range(INPUTS)]
+        fits = []
+        for K in sizes:
+            if sys.stderr.isatty():
+                print(f"\r\x1b[K{system.name}, K = {K}", end="\r", file=sys.stderr, flush=True)
+            own = fit(system.name, K, targets, steps)
+            fits += [own] if own is not None else []
+        has = classes(system)
+        share = {name: count / system.dim**2 for name, count in parameters(system).items()}
+        seen = dynamics(system.name, [system], maps)
+        rows.append(Row(system.name, seen, fits, has, share, verdicts(has, fits, sizes)))
+    return rows
 
 
-def decays(systems: list["System"]) -> dict[str, Any]:
-    """How the decays of these mixers move over standard normal tokens.
+def verdicts(
+    has: tuple[bool, bool, bool], fits: "Sequence[Fit]", sizes: Sequence[int]
+) -> tuple[bool, bool | None, bool | None]:
+    """The three conditions: the decay changes with the input; with the largest state tried every
+    target is near (None where it is not, and larger ones were not tried); and, of a mixer that
+    meets these, no key besides query and decay (None for another mixer)."""
+    from .fit import TOKENS
 
-    moves: the standard deviation of log alpha over the tokens, over the size of its mean; the
-    median over channels, heads, passes and mixers; exactly 0 where no token changes it.
-    half_lives: ln 2 / -log |alpha| in tokens, their 5, 50 and 95 % quantiles; infinite for 1.
-    """
+    near: bool | None = max(fits[-1].error) < NEAR if fits else None
+    if near is False and max(sizes) < TOKENS:
+        near = None
+    return has[2], near, (not has[1]) if has[2] and near else None
+
+
+def dynamics(
+    name: str, systems: "Sequence[System]", maps: "Sequence[Sequence[Tensor]]"
+) -> Dynamics:
+    """Of systems, each with its maps [B, Gh, Gw, C], by inputs: maps[input][system]."""
     import torch
 
-    from .systems import tokens
+    from metala_vision.visualize.memory import quantiles
 
-    moves, sizes = [], []
+    from .systems import classes
+
+    spreads, half_lives = [], []
     with torch.no_grad():
-        for system in systems:
-            for alpha in system.forgetting(tokens(system.dim, SIDE, seed=4)):
-                log_decay = alpha.abs().log().flatten(0, 1).flatten(1)  # [N, H K]
-                still = (log_decay == log_decay[:1]).all(0)
-                share = log_decay.std(0) / log_decay.mean(0).abs()
-                moves.append(torch.where(still, 0.0, share))
-                sizes.append(log_decay.flatten())
-    lives = (math.log(2) / torch.cat(sizes).abs()).sort().values
-    picked = [lives[int(share * (len(lives) - 1))].item() for share in (0.05, 0.5, 0.95)]
-    return {
-        "moves": torch.cat(moves).median().item(),
-        "half_lives": [x if math.isfinite(x) else None for x in picked],
-    }
+        for i, system in enumerate(systems):
+            for passes in zip(*(system.forgetting(own[i]) for own in maps), strict=True):
+                alpha = torch.cat([part.flatten(0, 1).flatten(1) for part in passes])
+                log_decay = alpha.abs().log()  # [tokens of all inputs, channels]
+                still = log_decay.amax(0) == log_decay.amin(0)
+                spread = log_decay.std(0, unbiased=False) / log_decay.mean(0).abs()
+                spreads.append(torch.where(still, 0.0, spread).mean())
+                half_lives.append((math.log(2) / log_decay.abs()).flatten())
+    lives = quantiles(torch.cat(half_lives), SHARES)
+    return Dynamics(
+        name,
+        any(classes(system)[2] for system in systems),
+        torch.stack(spreads).mean().item(),
+        [value if math.isfinite(value) else None for value in lives],
+    )
 
 
-def counts(system: "System") -> dict[str, Any]:
-    """Parameters of each function over C^2, and which of query, own key and dynamic decay exist."""
-    from .systems import classes, parameters
+def model_dynamics(name: str, images: Sequence[Path], most: int) -> Dynamics:
+    """Of all layers of a trained model: over images that go through it, or over standard normal
+    tokens into each layer.
 
-    own = parameters(system)
-    return {
-        "parameters": {name: count / system.dim**2 for name, count in own.items()},
-        "has": dict(zip(("query", "own key", "dynamic decay"), classes(system), strict=True)),
-    }
+    Raises:
+        UserError: for a model that has no gated recurrence, and as load_model does.
+    """
+    from metala_vision.evaluate import load_model
+    from metala_vision.visualize.command import image_files, read_images
 
+    from .systems import systems_of, tokens
 
-def as_markdown(found: dict[str, Any]) -> str:
-    """The table of the systems, and one of the models if there are any."""
-    states = sorted({K for one in found["systems"].values() for K in one["fits"]})
-    head = (
-        *HEAD, *(f"misfit, K = {K}" for K in states), "query", "own key", "dynamic decay",
-        "q, k, alpha / C^2", "all / C^2",
-    )  # fmt: skip
-    rows = []
-    for name, one in found["systems"].items():
-        cost = one["parameters"]
-        rows.append([
-            name, CLAIMS.get(name, "-"), *_decays(one["dynamic"]),
-            *(_misfit(one["fits"].get(K)) for K in states),
-            *("yes" if own else "no" for own in one["has"].values()),
-            f"{cost['query'] + cost['key'] + cost['decay']:.2f}",
-            f"{sum(cost.values()) - cost['conv']:.2f}",
-        ])  # fmt: skip
-    text = table(head, rows, 2)
-    if found["models"]:
-        own = [[name, *_decays(one["dynamic"])] for name, one in found["models"].items()]
-        text += "\n\n" + table(("model", *HEAD[2:]), own, 1)
-    return text
-
-
-def _decays(one: dict[str, Any]) -> list[str]:
-    lives = ["never" if life is None else f"{life:.3g}" for life in one["half_lives"]]
-    return [f"{one['moves']:.2f}" if one["moves"] else "0", *lives]
-
-
-def _misfit(one: dict[str, list[float]] | None) -> str:
-    """Mean over the targets and half their range, in percent of the target's norm."""
-    if one is None:
-        return "-"
-    error = one["error"]
-    mean, half = sum(error) / len(error), (max(error) - min(error)) / 2
-    return f"{100 * mean:.1f} ± {100 * half:.1f}"
-
-
-def _tell(name: str, K: int, one: Any) -> None:
-    if one is not None and sys.stderr.isatty():
-        print(f"\r\x1b[K{name}, K = {K}: {_misfit({'error': one.error})} %", end="",
-              file=sys.stderr, flush=True)  # fmt: skip
+    files = image_files(images)
+    model: Any = load_model(name).requires_grad_(False)
+    systems = systems_of(name, model)
+    if not systems:
+        raise UserError(f"{name} has no gated recurrence, and so no decay")
+    if not files:
+        normal = [[tokens(own.dim, SIDE, seed) for own in systems] for seed in range(INPUTS)]
+        return dynamics(name, systems, normal)
+    count = min(most, len(files))
+    chosen = [files[i * len(files) // count] for i in range(count)]  # over all folders
+    seen: list[list[Any]] = []
+    for system in systems:
+        system.mixer.register_forward_pre_hook(lambda _, inputs: seen[-1].append(inputs[0]))
+    for image in read_images(chosen, getattr(model, "pretrained_cfg", {})):
+        seen.append([])
+        model(image.unsqueeze(0).double())
+    return dynamics(name, systems, seen)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 def eva_map(
     q: Tensor, k: Tensor, v: Tensor, group_key: Tensor, w: Tensor, table: Tensor, window: int,
-    landmarks: int, exact_partition: bool, count_tokens: bool, num_heads: int,
+    landmarks: int, exact_partition: bool, count_tokens: bool, Gh: int, Gw: int,
     tokens: Sequence[int] | None = None,
 ) -> Tensor:  # fmt: skip
     """map[t, s] = p_ts + sum_c p_tc softmax_{s in P_c}(K^-0.5 (w_c . k_s - |k_s|^2 / 2)).
@@ -23,9 +23,8 @@ def eva_map(
     Returns:
         [1, B, H, T, N], float64.
     """
-    B, Gh, Gw, C = q.shape
-    H, K = num_heads, C // num_heads
-    queries, keys = (x.double().reshape(B, Gh * Gw, H, K).transpose(1, 2) for x in (q, k))
+    K = q.shape[3]
+    queries, keys = (x.double().transpose(1, 2) for x in (q, k))
     place = torch.arange(Gh * Gw, device=q.device)
     row, column = place // Gw, place % Gw
     side = max(1, int((Gh * Gw // landmarks + 0.5) ** 0.5))

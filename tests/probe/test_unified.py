@@ -8,7 +8,7 @@ import torch
 
 from metala_vision.errors import UserError
 from metala_vision.probe import systems, unified
-from metala_vision.probe.conditions import decays
+from metala_vision.probe.conditions import dynamics
 from metala_vision.probe.systems import classes, parameters, registered, state_floats
 from tests.train._runs import ROOT
 
@@ -23,7 +23,9 @@ def probe(*argv):
 
 def test_the_document_holds_what_the_generator_writes(tmp_path, capsys):
     copy = tmp_path / "unified.md"
-    copy.write_text(DOC.read_text().replace(" yes |", " stale |"))
+    stale = DOC.read_text().replace("| 4.01 | yes |", "| 4.02 | yes |")
+    assert stale != DOC.read_text()
+    copy.write_text(stale)
     assert probe("--update", copy) == 0
     assert copy.read_text() == DOC.read_text()
     assert capsys.readouterr().out.strip() in DOC.read_text()
@@ -93,9 +95,9 @@ def test_a_running_maximum_is_no_memory(direction):
     model = timm.create_model("regla_nano", depth=1, num_classes=0, direction=direction)
     with torch.no_grad():
         model.blocks[0].mixer.in_proj.weight[3 * 128 :] = 0
-    found = decays(systems.systems_of("regla", model))
-    assert found["moves"] == 0
-    assert found["half_lives"] == pytest.approx([1.0] * 3)  # F of 1/2 and 1/2 is 1/2
+    found = dynamics("regla", systems.systems_of("regla", model), [[systems.tokens(128)]])
+    assert found.spread == 0
+    assert found.half_lives == pytest.approx([1.0] * 3)  # F of 1/2 and 1/2 is 1/2
 
 
 def test_every_family_that_is_an_instance_is_in_the_table():
