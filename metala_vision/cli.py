@@ -306,7 +306,7 @@ def visualize_command(argv: list[str], prog: str) -> int:
 
 
 def probe_command(argv: list[str], prog: str) -> int:
-    """Probe; the last line printed is the path of the table."""
+    """Probe; what is printed last is the table, or its path."""
     from .probe.command import add_arguments, run
 
     parser = _Parser(prog, description="Try token mixers.", formatter_class=_Formatter)

@@ -11,6 +11,7 @@ B batch, Gh x Gw the token grid, N = Gh * Gw tokens in raster order, C width, H 
 per head, V value width per head, E channels of an output of a function.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metala_vision.kernels._portable import plainly_eager
 from metala_vision.kernels.gated_linear_attention import (
     DIRECTIONS,
     MAX_KEY_WIDTH,
@@ -51,8 +53,8 @@ class Functions:
     """What makes a mixer: callables or modules of the convolved map, see Function.
 
     query, key and decay have K channels a head, value V; decay is alpha itself, in (0, 1] or
-    complex with such a modulus. gate has as many channels as the norm gives, and is asked once,
-    with way 0.
+    complex with such a modulus. gate has as many channels as the norm gives, or one a head, and is
+    asked once, with way 0.
     """
 
     query: Function
@@ -72,6 +74,21 @@ class Normaliser:
     query: Function
     key: Function
     eps: float
+
+
+def check_function(name: str, function: Any) -> Function:
+    """The function unchanged, or a ValueError if it cannot be called with a map and a pass."""
+    called = function.forward if isinstance(function, nn.Module) else function
+    try:
+        inspect.signature(called).bind(None, 0)
+    except TypeError as error:
+        raise ValueError(
+            f"{name} must be a function of a map and the pass, 0 or 1, got "
+            f"{type(function).__name__}: {error}; Shared(...) makes one of layers"
+        ) from error
+    except ValueError:  # a built-in function without a signature
+        pass
+    return function
 
 
 def real(o: Tensor) -> Tensor:
@@ -111,8 +128,16 @@ def through_operator(
     """The same by `gated_linear_attention`, of real tensors, K <= 128 and V <= 256.
 
     A decay below the least normal number counts as that.
+
+    Raises:
+        ValueError: for a decay below 0, where values are at hand.
     """
     alpha = wide(alpha)
+    at_hand = alpha.device.type == "cpu" and plainly_eager(alpha)
+    if at_hand and (alpha < 0).any():
+        raise ValueError(
+            f"decay must be in [0, 1], got {alpha.min().item():g}; impl='loop' takes any"
+        )
     log_decay = alpha.clamp_min(torch.finfo(alpha.dtype).tiny).log()
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     q, k, v = (x.to(dtype).contiguous() for x in (q, k, v))
@@ -171,6 +196,7 @@ class UnifiedMixer(nn.Module):
         beside: map -> what each token adds to its own y, [B, Gh, Gw, C]; None is nothing.
         impl: "loop", the definition; "operator", gated_linear_attention, for real states of fitting
             widths; "auto", that where it is possible.
+        device, dtype: of the convolution and of W_O that are made here; the functions have theirs.
     Raises:
         ValueError: naming the option, its value and what is accepted; called, for functions whose
             shapes do not fit, and for impl="operator" where that is not possible.
@@ -192,12 +218,16 @@ class UnifiedMixer(nn.Module):
         direct: Callable[[Tensor], Tensor] | None = None,
         beside: Callable[[Tensor], Tensor] | None = None,
         impl: str = "auto",
+        device=None,
+        dtype=None,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.direction = check_option("direction", direction, DIRECTIONS)
         self.scans = list(check_scans(scans))
-        if num_heads < 1 or num_heads % len(self.scans):
+        if num_heads < 1:
+            raise ValueError(f"num_heads must be >= 1, got {num_heads}")
+        if num_heads % len(self.scans):
             raise ValueError(
                 f"num_heads={num_heads} cannot be divided among {len(self.scans)} scan orders "
                 f"{tuple(self.scans)}"
@@ -205,7 +235,8 @@ class UnifiedMixer(nn.Module):
         self.merge = check_option("merge", merge, MERGES)
         self.impl = check_option("impl", impl, IMPLS)
         self.once = once
-        self.conv = TokenConv(dim, conv, direction) if isinstance(conv, str) else conv
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.conv = TokenConv(dim, conv, direction, **dd) if isinstance(conv, str) else conv
         self.replace(**vars(functions))
         self.query: Function
         self.key: Function
@@ -216,7 +247,7 @@ class UnifiedMixer(nn.Module):
         self.normaliser = normaliser
         if normaliser is not None:
             self.normaliser_query, self.normaliser_key = normaliser.query, normaliser.key
-        self.out = nn.Linear(dim, dim, bias=False) if out is None else out
+        self.out = nn.Linear(dim, dim, bias=False, **dd) if out is None else out
 
     @property
     def functions(self) -> Functions:
@@ -226,7 +257,8 @@ class UnifiedMixer(nn.Module):
     def replace(self, **functions: Function) -> None:
         """Others in place of those functions of the five."""
         for name, function in functions.items():
-            self._modules.pop(check_option("function", name, FUNCTIONS), None)
+            check_function(check_option("function", name, FUNCTIONS), function)
+            self._modules.pop(name, None)
             setattr(self, name, function)  # a module is registered
 
     def parts(self, x: Tensor, way: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -260,18 +292,44 @@ class UnifiedMixer(nn.Module):
     def _heads(self, name: str, given: Any, x: Tensor) -> Tensor:
         """What a function gave, as [B or 1, N or 1, H or 1, E]."""
         if not isinstance(given, Tensor):
-            return x.new_full((1, 1, 1, 1), given)
-        H = self.num_heads
+            # 0.999 is 1 in 16 bits, of which no decay must know
+            dtype = wide(x[:0]).dtype if name == "decay" else x.dtype
+            if isinstance(given, complex):
+                dtype = wide(x[:0]).dtype.to_complex()
+            return x.new_full((1, 1, 1, 1), given, dtype=dtype)
+        H, shape = self.num_heads, list(given.shape)
         if given.dim() == 4 and given.shape[3] % H == 0:
             given = given.unflatten(3, (H, -1))
-        if given.dim() != 5:
+        whole = (*x.shape[:3], H)
+        if given.dim() != 5 or any(
+            n not in (1, m) for n, m in zip(given.shape, whole, strict=False)
+        ):
             raise ValueError(
-                f"{name} gave {list(given.shape)}; accepted: a number, [B, Gh, Gw, H * E] with "
-                f"H={H}, or [B, Gh, Gw, H, E]"
+                f"{name} gave {shape}; accepted: a number, [B, Gh, Gw, H * E] with "
+                f"B={whole[0]}, Gh={whole[1]}, Gw={whole[2]} and H={H}, or [B, Gh, Gw, H, E]"
             )
         if given.shape[1] != given.shape[2]:  # maybe the same along one side of the grid alone
             given = given.expand(given.shape[0], x.shape[1], x.shape[2], *given.shape[3:])
         return given.flatten(1, 2)
+
+    def _gated(self, y: Tensor, gate: Any) -> Tensor:
+        """y [B, Gh, Gw, E] times what the gate gave."""
+        if not isinstance(gate, Tensor):
+            return y * gate
+        given, E = list(gate.shape), y.shape[3]
+        heads = self.num_heads * (len(WAYS[self.direction]) if self.merge == "each" else 1)
+        if gate.dim() == 4 and gate.shape[3] == heads != E:
+            gate = gate.unsqueeze(4)
+        if gate.dim() == 5 and E % heads == 0:
+            y = y.unflatten(3, (heads, -1))
+        if gate.dim() != y.dim() or any(
+            n not in (1, m) for n, m in zip(gate.shape, y.shape, strict=True)
+        ):
+            raise ValueError(
+                f"gate gave {given}; accepted: a number, {[*y.shape[:3], E]}, or [B, Gh, Gw, H, E] "
+                f"with H={heads}"
+            )
+        return (y * gate).reshape(*y.shape[:3], E)
 
     def _passes(self, x: Tensor, query: Function, key: Function, value: Function) -> list[Tensor]:
         """o [B, N, H, V] of each pass."""
@@ -306,7 +364,12 @@ class UnifiedMixer(nn.Module):
         if self.direct is not None:
             o = o + self._heads("direct", self.direct(x), x)
         y = real(o).flatten(2) if self.norm is None else self.norm(o)
-        y = y.reshape(B, Gh, Gw, -1) * self.gate(x, 0)
+        y = self._gated(y.reshape(B, Gh, Gw, -1), self.gate(x, 0))
+        if isinstance(self.out, nn.Linear) and self.out.in_features != y.shape[3]:
+            raise ValueError(
+                f"out takes {self.out.in_features} channels, values and norm gave {y.shape[3]}; "
+                f"out=nn.Linear({y.shape[3]}, {self.out.out_features}) fits"
+            )
         y = self.out(y.to(x.dtype))
         return y if self.beside is None else y + self.beside(x)
 

@@ -44,6 +44,10 @@ class Instance:
     def decay(self, x: Tensor, way: int) -> Any:
         return 1.0
 
+    def forgetting(self, x: Tensor, way: int) -> Any:
+        """The decay without what merely rescales a state."""
+        return self.decay(x, way)
+
     def gate(self, x: Tensor, way: int) -> Any:
         return 1.0
 
@@ -219,12 +223,16 @@ class ReGLA(Instance):
     def value(self, x: Tensor, way: int) -> Tensor:
         return self.rows(x, 2 * x.shape[3], x.shape[3])
 
-    def decay(self, x: Tensor, way: int) -> Tensor:
+    def forgetting(self, x: Tensor, way: int) -> Tensor:
         C, bias = x.shape[3], self.mixer.gate_bias
         g = torch.sigmoid(self.rows(x, 3 * C, C) + bias[:C])
         if self.mixer.refine:
             r = torch.sigmoid(self.rows(x, 4 * C, C) + bias[C:])
             g = (1 - r) * g**2 + r * (1 - (1 - g) ** 2)
+        return g
+
+    def decay(self, x: Tensor, way: int) -> Tensor:
+        g = self.forgetting(x, way)
         rescaled = (self.greatest(x, before=True) - self.greatest(x, before=False)).exp()
         return g.unflatten(3, (self.mixer.num_heads, -1)) * rescaled
 

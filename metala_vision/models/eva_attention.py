@@ -20,7 +20,7 @@ class EVAAttention(Backbone):
 
     Args:
         num_heads: heads of the mixer.
-        conv: "depthwise2d", "causal1d" or "none".
+        conv: "depthwise2d", "causal1d", "causal1d(WIDTH)" or "none".
         direction: "bidirectional".
         window, landmarks, noise, exact_partition, count_tokens: see EVAAttentionMixer.
         pos_embed: as Backbone, "sincos2d" here: groups alone are blind to order.

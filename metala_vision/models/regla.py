@@ -19,7 +19,7 @@ class ReGLA(Backbone):
 
     Args:
         num_heads: heads of the mixer; width of keys and values embed_dim / num_heads.
-        conv: "depthwise2d", "causal1d" or "none".
+        conv: "depthwise2d", "causal1d", "causal1d(WIDTH)" or "none".
         direction: "forward", "backward" or "bidirectional".
         gate_bias, refine: see ReGLAMixer.
         mlp_ratio: None gives the channel mixer what the token mixer leaves of 13 C^2 parameters a

@@ -195,8 +195,8 @@ def dynamics(
     spreads, half_lives = [], []
     with torch.no_grad():
         for i, system in enumerate(systems):
-            for passes in zip(*(system.parts(own[i]) for own in maps), strict=True):
-                alpha = torch.cat([part[3].flatten(0, 1).flatten(1) for part in passes])
+            for passes in zip(*(system.forgetting(own[i]) for own in maps), strict=True):
+                alpha = torch.cat([part.flatten(0, 1).flatten(1) for part in passes])
                 log_decay = alpha.abs().log()  # [tokens of all inputs, channels]
                 still = log_decay.amax(0) == log_decay.amin(0)
                 spread = log_decay.std(0, unbiased=False) / log_decay.mean(0).abs()

@@ -114,6 +114,16 @@ class Sweep:
             if value is not None and not 0 <= value < below:
                 limit = "" if below == inf else f" and below {below:g}"
                 raise UserError(f"{flag} needs a number of 0 or more{limit}, got {value:g}")
+        if max(self.seeds) >= 2**32:
+            raise UserError(f"--seeds needs numbers below 2^32, got {max(self.seeds)}")
+        if not re.fullmatch(r"published|none|causal1d(\([1-9]\d{0,4}\))?", self.conv):
+            # depthwise2d, which the mixers know, hears of the next token
+            raise UserError(f"--conv {self.conv}: accepted are {CONVS}")
+        named: dict[str, float] = {}
+        for rate in self.learning_rates:
+            if named.setdefault(f"{rate:.3g}", rate) != rate:
+                raise UserError(f"--learning-rates: {rate:g} is too near another: runs are named "
+                                f"by three digits")  # fmt: skip
         if (self.sweep_seeds or 0) > len(self.seeds):
             raise UserError(f"--sweep-seeds {self.sweep_seeds}: --seeds are {len(self.seeds)}")
 

@@ -41,6 +41,16 @@ class System:
         ways = WAYS[self.instance.direction]
         return [self.instance.parts(self.instance.conv(x), way) for way in ways]
 
+    def forgetting(self, x: Tensor) -> list[Tensor]:
+        """alpha of each pass, without what merely rescales a state: ReGLA's running maximum."""
+        decay = self.instance.decay
+        own = getattr(getattr(decay, "__self__", None), "forgetting", decay)
+        self.instance.replace(decay=own)
+        try:
+            return [alpha for *_, alpha in self.parts(x)]
+        finally:
+            self.instance.replace(decay=decay)
+
 
 def systems_of(name: str, model: nn.Module) -> list[System]:
     """The mixers of a model that are gated recurrences, in double precision, with the bounds of

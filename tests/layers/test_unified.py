@@ -302,12 +302,56 @@ def test_a_wrong_option_is_named(options, message):
         ("key", lambda x, way: x[0], r"key gave \[2, 3, 16\]; accepted: a number"),
         ("query", lambda x, way: x[..., :6], r"must fit \[B, N, 2 heads, K\] of one K, got .* 3\]"),
         ("query", lambda x, way: x[..., :8] * 1j, "impl='operator' takes real states of K <= 128"),
+        ("value", lambda x, way: x[:, :1, :2], r"value gave \[1, 1, 2, 16\]; .* Gh=2, Gw=3"),
+        (
+            "gate",
+            lambda x, way: x[..., :3],
+            r"gate gave \[1, 2, 3, 3\]; accepted: a number, \[1, 2",
+        ),
+        ("decay", lambda x, way: -0.5, r"decay must be in \[0, 1\], got -0.5; impl='loop'"),
     ],
 )
 def test_functions_that_do_not_fit_are_named(name, function, message):
     mixer = own_mixer(conv="none", impl="operator")
     mixer.replace(**{name: function})
     with pytest.raises(ValueError, match=message):
+        mixer(normal(1, 2, 3, C))
+
+
+@pytest.mark.parametrize("function", [nn.Linear(C, C), lambda x: x, 1.0], ids=str)
+def test_what_cannot_be_called_with_map_and_pass_is_named(function):
+    with pytest.raises(
+        ValueError, match=r"^query must be a function of a map and the pass.*Shared"
+    ):
+        own_mixer().replace(query=function)
+
+
+def test_a_gate_may_be_one_a_head():
+    mixer = own_mixer(conv="none")
+    x, results = normal(1, 2, 3, C), []
+    gates = torch.sigmoid(x[..., :H])
+    for gate in (gates, gates.unsqueeze(4), gates.repeat_interleave(C // H, 3)):
+        mixer.replace(gate=lambda x, way, gate=gate: gate)
+        results.append(mixer(x))
+    assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[2])
+
+
+def test_numbers_that_are_decays():
+    mixer = own_mixer(conv="none")
+    mixer.replace(query=lambda x, way: 1.0, key=lambda x, way: 1.0)
+    for number in (0.999, 0.9j):
+        mixer.replace(decay=lambda x, way, number=number: number)
+        for x in (normal(1, 2, 3, C), torch.zeros(1, 2, 3, C, dtype=torch.bfloat16)):
+            mixer.replace(value=lambda x, way: x)
+            assert abs(mixer.parts(x, 0)[3].flatten()[0].item() - number) < 1e-7
+
+
+def test_what_it_makes_itself_has_the_dtype_asked_for():
+    functions = own_mixer().functions
+    mixer = UnifiedMixer(functions, C, H, dtype=torch.float64)
+    assert {p.dtype for p in mixer.parameters()} == {torch.float64}
+    with pytest.raises(ValueError, match=r"^out takes 16 channels, values and norm gave 4; out=nn"):
+        mixer.replace(value=lambda x, way: x[..., :4], gate=lambda x, way: 1.0)
         mixer(normal(1, 2, 3, C))
 
 
@@ -324,4 +368,6 @@ def test_the_example_of_the_documentation_trains():
     names: dict = {}
     exec(example, names)
     assert names["losses"][-1] < 0.5 * names["losses"][0]
+    made = names["my_mixer"](8, device="meta", dtype=torch.float64)
+    assert all(p.is_meta and p.dtype == torch.float64 for p in made.parameters())
     assert isinstance(names["model"].blocks[0].mixer, UnifiedMixer)

@@ -3,10 +3,12 @@
 import argparse
 
 import pytest
+import timm
 import torch
 
 from metala_vision.errors import UserError
 from metala_vision.probe import systems, unified
+from metala_vision.probe.conditions import dynamics
 from metala_vision.probe.systems import classes, parameters, registered, state_floats
 from tests.train._runs import ROOT
 
@@ -85,6 +87,17 @@ def test_a_key_of_its_own_and_a_decay_that_stands_still_are_seen():
     with torch.no_grad():
         system.mixer.in_proj.weight[64:128] = 0
     assert classes(system)[2] is False
+
+
+@pytest.mark.parametrize("direction", ["forward", "bidirectional"])
+def test_a_running_maximum_is_no_memory(direction):
+    """Gates that stand still: ln 2 / -log F tokens, whatever the keys of ReGLA are."""
+    model = timm.create_model("regla_nano", depth=1, num_classes=0, direction=direction)
+    with torch.no_grad():
+        model.blocks[0].mixer.in_proj.weight[3 * 128 :] = 0
+    found = dynamics("regla", systems.systems_of("regla", model), [[systems.tokens(128)]])
+    assert found.spread == 0
+    assert found.half_lives == pytest.approx([1.0] * 3)  # F of 1/2 and 1/2 is 1/2
 
 
 def test_every_family_that_is_an_instance_is_in_the_table():
