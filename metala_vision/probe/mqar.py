@@ -102,8 +102,6 @@ class Sweep:
         ):  # fmt: skip
             if value is not None and value < least:
                 raise UserError(f"{flag} needs {least} or more, got {value}")
-        if not re.fullmatch(r"published|none|causal1d(\([1-9]\d*\))?", self.conv):
-            raise UserError(f"--conv: {self.conv!r} is no causal convolution; accepted: {CONVS}")
         for rate in self.learning_rates:
             if not 0 < rate < inf:
                 raise UserError(f"--learning-rates needs numbers above 0, got {rate:g}")
