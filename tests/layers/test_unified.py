@@ -318,7 +318,9 @@ def test_functions_that_do_not_fit_are_named(name, function, message):
         mixer(normal(1, 2, 3, C))
 
 
-@pytest.mark.parametrize("function", [nn.Linear(C, C), lambda x: x, 1.0], ids=str)
+@pytest.mark.parametrize(
+    "function", [nn.Linear(C, C), lambda x: x, 1.0], ids=["module", "one argument", "number"]
+)
 def test_what_cannot_be_called_with_map_and_pass_is_named(function):
     with pytest.raises(
         ValueError, match=r"^query must be a function of a map and the pass.*Shared"
