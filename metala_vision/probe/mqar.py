@@ -130,7 +130,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "small": {
         "lengths": [(64, 8)], "dims": [64], "seeds": [0, 1, 2], "sweep_seeds": 1, "vocab": 64,
         "train_examples": 8_000, "test_examples": 500, "batch_size": 64, "epochs": 16,
-        "learning_rates": LOGSPACE_4_2[2:], "dropout": 0.0, "mlp_ratio": 0.0,
+        "learning_rates": LOGSPACE_4_2[1:], "dropout": 0.0, "mlp_ratio": 0.0,
     },
     "published": {},
     "hard": {"lengths": [(512, 80)], "dims": [64, 128]},
@@ -141,7 +141,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags; each overrides the value of the setting."""
     add = parser.add_argument
     add("--setting", choices=SETTINGS, default="small",
-        help="small: minutes on a CPU core; published: Zoology's figure 2; hard: MetaLA's table A7 "
+        help="small: a minute a run on a CPU core; published: Zoology's figure 2; hard: MetaLA's table A7 "
         "[small]")  # fmt: skip
     add("--output", type=Path, help="folder [runs/mqar-SETTING]")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="[auto]")
@@ -150,8 +150,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "64:4 128:8 256:16 512:64; hard: 512:80]")  # fmt: skip
     add("--dims", nargs="+", type=int, metavar="WIDTH", help="[64; published: 64 128 256 512]")
     add("--learning-rates", nargs="+", type=float, metavar="RATE",
-        help="[small: 2.15e-3 1e-2; else four from 1e-4 to 1e-2, from length 512 on also four from "
-        "1e-5 to 1e-3]")  # fmt: skip
+        help="[small: 4.64e-4 2.15e-3 1e-2; else four from 1e-4 to 1e-2, from length 512 on also "
+        "four from 1e-5 to 1e-3]")  # fmt: skip
     add("--seeds", nargs="+", type=int, metavar="SEED", help="[0; small: 0 1 2]")
     add("--sweep-seeds", type=int, metavar="COUNT",
         help="so many of the seeds are trained at every learning rate, the others at the best of "
@@ -208,7 +208,7 @@ def train_sweep(sweep: Sweep, output: Path, device_name: str = "auto") -> tuple[
 
     from metala_vision.processes import find_device
 
-    from .mqar_run import train_run
+    from .mqar_run import FOUND, train_run
     from .mqar_table import write_results
 
     device = find_device(device_name)
@@ -230,6 +230,9 @@ def train_sweep(sweep: Sweep, output: Path, device_name: str = "auto") -> tuple[
                 there = _read(path)
                 if any(there.get(k) != v for k, v in dataclasses.asdict(one).items()):
                     raise UserError(f"{path} is of another run; delete it")
+                lacking = next((k for k in FOUND if k not in there), None)
+                if lacking:
+                    raise UserError(f"{path} lacks {lacking}; delete it")
                 found.append(there)
             else:
                 start = time.monotonic()

@@ -20,6 +20,10 @@ from metala_vision.files import replacing, write_text
 from .mqar_data import IGNORED, RecallTask, recall_examples
 from .mqar_model import RecallModel, state_floats
 
+# What a run's file holds beside the fields of RecallRun.
+FOUND = (
+    "accuracy", "steps", "parameters", "state_floats", "device", "torch", "losses", "accuracies"
+)  # fmt: skip
 SHUFFLED = 2  # with a seed, the random numbers of an epoch; 0 and 1 are the splits of the data
 
 

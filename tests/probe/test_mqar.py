@@ -220,6 +220,11 @@ def test_a_sweep_from_the_command_line(tmp_path, capsys):
     line = capsys.readouterr().err
     assert "holds a sweep with weight_decay 0.1, asked for is 0.2; take another --output" in line
     run_file = next(iter(times))
+    whole = json.loads(run_file.read_text())
+    for name in ("accuracy", "steps", "parameters", "state_floats", "device", "torch"):
+        run_file.write_text(json.dumps({k: v for k, v in whole.items() if k != name}))
+        assert probe(output, "--mixers", "gla", "metala", "attention", *flags) == 2
+        assert f"{run_file} lacks {name}; delete it" in capsys.readouterr().err
     run_file.write_text("{}")
     assert probe(output, "--mixers", "gla", "metala", "attention", *flags) == 2
     assert f"{run_file} is of another run; delete it" in capsys.readouterr().err
