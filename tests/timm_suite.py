@@ -33,8 +33,16 @@ OURS = set(metala_vision.list_models(os.environ["TIMM_SUITE_FILTER"]))
 
 
 def list_models(filter="", module="", **kwargs):
-    """timm's, reduced to ours; a list of modules (of models with intermediates) means ours too."""
-    return [name for name in _all(filter, **kwargs) if name in OURS]
+    """timm's, reduced to ours; a list of modules (of models with intermediates) means ours too.
+
+    timm's lists of models that are not standard name its own EVA, eva_*, which would be ours too.
+    """
+    if not isinstance(filter, str):
+        filter = [pattern for pattern in filter if pattern != "eva_*"]
+    left_out = kwargs.pop("exclude_filters", "")
+    if not isinstance(left_out, str):
+        left_out = [pattern for pattern in left_out if pattern != "eva_*"]
+    return [name for name in _all(filter, exclude_filters=left_out, **kwargs) if name in OURS]
 
 
 timm.list_models = list_models
