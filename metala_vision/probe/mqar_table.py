@@ -26,8 +26,8 @@ PUBLISHED = {
 }  # fmt: skip
 COLUMNS = {
     "length:pairs": "right", "width": "right", "mixer": "left", "convolution": "left",
-    "accuracy %": "right", "seeds": "right", "best rate": "right", "steps": "right",
-    "state floats": "right", "parameters": "right", "published %": "right",
+    "accuracy %": "right", "seeds": "right", "best rate": "right", "% by rate": "right",
+    "steps": "right", "state floats": "right", "parameters": "right", "published %": "right",
 }  # fmt: skip
 
 
@@ -101,10 +101,11 @@ def rows_of(found: Sequence[dict[str, Any]], sweep: "Sweep") -> list[Row]:
 
 def cells_of(row: Row) -> list[str]:
     """A row of the table as text."""
+    by_rate = " / ".join(f"{row.by_rate[rate]:.1f}" for rate in sorted(row.by_rate))
     return [
         f"{row.length}:{row.pairs}", str(row.dim), row.mixer, row.conv, str(row.accuracy),
-        str(row.accuracy.count), f"{row.rate:.3g}", f"{row.steps:,.0f}", f"{row.state_floats:,}",
-        f"{row.parameters:,}", row.published or "-",
+        str(row.accuracy.count), f"{row.rate:.3g}", by_rate, f"{row.steps:,.0f}",
+        f"{row.state_floats:,}", f"{row.parameters:,}", row.published or "-",
     ]  # fmt: skip
 
 
@@ -132,7 +133,8 @@ def notes(sweep: "Sweep") -> list[str]:
     return [
         "accuracy: share of the questions of the test examples that are answered right after the "
         "last epoch, mean over seeds ± half the 95 % interval (n/a with one seed), at the learning "
-        f"rate of the largest mean over {chosen}. state floats: numbers that a layer carries from "
+        f"rate of the largest mean over {chosen}. % by rate: the mean of what was trained at every "
+        "learning rate, from the smallest on. state floats: numbers that a layer carries from "
         "token to token; of attention, which keeps all tokens, those of the whole sequence.",
         f"published %: {SOURCE}; its keys are as wide as the layer over its heads, where ours of "
         f"MetaLA and GLA are half as wide. All of it, length:pairs: {printed}.",

@@ -26,7 +26,7 @@ from metala_vision.probe.mqar_run import (
     learning_rate_of,
     train_run,
 )
-from metala_vision.probe.mqar_table import Row, best_rate, rows_of
+from metala_vision.probe.mqar_table import COLUMNS, Row, best_rate, cells_of, rows_of
 from tests.train._runs import ROOT
 
 BOTH_WAYS = ("eva_attention",)  # families that hear of all tokens at once
@@ -255,6 +255,7 @@ def test_the_best_learning_rate_is_that_of_the_mean():
     (row,) = rows_of(found, Sweep(seeds=[0, 1]))
     assert (row.rate, row.accuracies, row.published) == (2, [60, 50], "28.5")
     assert row.accuracy.mean == pytest.approx(55) and row.by_rate == {1: 50, 2: 55}
+    assert cells_of(row)[list(COLUMNS).index("% by rate")] == "50.0 / 55.0"
 
 
 @pytest.mark.parametrize("dims", [(64,), (64, 128)])
