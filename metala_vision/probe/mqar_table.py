@@ -104,8 +104,8 @@ def cells_of(row: Row) -> list[str]:
     by_rate = " / ".join(f"{row.by_rate[rate]:.1f}" for rate in sorted(row.by_rate))
     return [
         f"{row.length}:{row.pairs}", str(row.dim), row.mixer, row.conv, str(row.accuracy),
-        str(row.accuracy.count), f"{row.rate:.3g}", by_rate, f"{row.steps:,.0f}",
-        f"{row.state_floats:,}", f"{row.parameters:,}", row.published or "-",
+        " / ".join(f"{x:.1f}" for x in row.accuracies), f"{row.rate:.3g}", by_rate,
+        f"{row.steps:,.0f}", f"{row.state_floats:,}", f"{row.parameters:,}", row.published or "-",
     ]  # fmt: skip
 
 
@@ -132,7 +132,9 @@ def notes(sweep: "Sweep") -> list[str]:
                         for (length, pairs, dim, mixer), value in PUBLISHED.items())  # fmt: skip
     return [
         "accuracy: share of the questions of the test examples that are answered right after the "
-        "last epoch, mean over seeds ± half the 95 % interval (n/a with one seed), at the learning "
+        "last epoch, mean over seeds ± half the 95 % interval (n/a with one seed; of Student's t, "
+        "which knows no 100 % and means little where a seed either finds the answers or guesses: "
+        "seeds tells each), at the learning "
         f"rate of the largest mean over {chosen}. % by rate: the mean of what was trained at every "
         "learning rate, from the smallest on. state floats: numbers that a layer carries from "
         "token to token; of attention, which keeps all tokens, those of the whole sequence.",
