@@ -141,7 +141,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags; each overrides the value of the setting."""
     add = parser.add_argument
     add("--setting", choices=SETTINGS, default="small",
-        help="small: a minute a run on a CPU core; published: Zoology's figure 2; hard: MetaLA's "
+        help="small: minutes a run on a CPU core; published: Zoology's figure 2; hard: MetaLA's "
         "table A7 [small]")  # fmt: skip
     add("--output", type=Path, help="folder [runs/mqar-SETTING]")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="[auto]")
