@@ -300,7 +300,8 @@ class EVAAttentionMixer(TokenMixer):
         dim, num_heads, conv, scans: see TokenMixer; a scan changes nothing.
         direction: "bidirectional".
         window: side of a window.
-        landmarks: about how many groups; up to four times as many, where the root is rounded.
+        landmarks: about how many groups; up to four times as many where the root is rounded, and
+            more on a narrow map, whose groups are as wide as it.
         noise: sample w in training.
         exact_partition: cut the groups at the windows' borders as well, and leave those in the
             token's own window out of its softmax, so that every token counts once, as in the

@@ -130,14 +130,15 @@ def through_operator(
     A decay below the least normal number counts as that.
 
     Raises:
-        ValueError: for a decay below 0, where values are at hand.
+        ValueError: for a decay below 0 or above 1, where values are at hand.
     """
     alpha = wide(alpha)
     at_hand = alpha.device.type == "cpu" and plainly_eager(alpha)
-    if at_hand and (alpha < 0).any():
-        raise ValueError(
-            f"decay must be in [0, 1], got {alpha.min().item():g}; impl='loop' takes any"
-        )
+    if at_hand and alpha.numel():
+        least, most = (value.item() for value in alpha.detach().aminmax())
+        if least < 0 or most > 1:
+            raise ValueError(f"decay must be in [0, 1], got {least if least < 0 else most:g}; "
+                             f"impl='loop' takes any")  # fmt: skip
     log_decay = alpha.clamp_min(torch.finfo(alpha.dtype).tiny).log()
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     q, k, v = (x.to(dtype).contiguous() for x in (q, k, v))

@@ -81,7 +81,7 @@ class Mamba(Instance):
 
     formulas = (
         "u W", "step (u W')", "u", "exp(-step e^A), step = softplus(u W_1 W_2 + b)",
-        "SiLU(x W) / D", "none",
+        "SiLU(x W) / passes", "none",
     )  # fmt: skip
 
     def way(self, way: int) -> Any:

@@ -31,6 +31,8 @@ INSTANCES: dict[type[TokenMixer], type[functions.Instance]] = {
     LRUMixer: channels.LRU,
     MambaMixer: channels.Mamba,
 }
+# Mixers whose decays have a least value, which the backbone learns for each layer.
+BOUNDED: tuple[type[TokenMixer], ...] = (HGRNMixer, HGRN2Mixer)
 # A softmax weighs tokens by all the others: no state of a fixed size gives it.
 NO_RECURRENCE: tuple[type[TokenMixer], ...] = (AttentionMixer, EVAAttentionMixer)
 
@@ -42,10 +44,12 @@ def unified(
 
     Args:
         mixer: one of INSTANCES, whose parameters it shares.
-        lower_bound: the least decay [C] of this layer, for HGRN and HGRN2.
+        lower_bound: the least decay [C] of this layer, of HGRN and HGRN2 alone: of block i
+            model.lower_bounds()[i], as it is then; a block of theirs takes no instance.
         impl: see UnifiedMixer.
     Raises:
-        ValueError: naming the mixer, if it is none of them.
+        ValueError: naming the mixer, if it is none of them; for a bound that is missing, or that
+            the mixer does not have.
     """
     m: Any = mixer
     instance_cls = INSTANCES.get(type(m))
@@ -54,6 +58,13 @@ def unified(
         why = "is no gated recurrence" if none else "has no unified form"
         accepted = ", ".join(cls.__name__ for cls in INSTANCES)
         raise ValueError(f"{type(mixer).__name__} {why}; accepted: {accepted}")
+    if isinstance(mixer, BOUNDED) and lower_bound is None:
+        raise ValueError(
+            f"{type(mixer).__name__} needs lower_bound, the least decay [C] of its layer: of block "
+            f"i model.lower_bounds()[i]"
+        )
+    if lower_bound is not None and not isinstance(mixer, BOUNDED):
+        raise ValueError(f"{type(mixer).__name__} has no lower_bound")
     own = instance_cls(mixer, lower_bound)
     options: dict[str, Any] = {"num_heads": m.num_heads, **own.options()}
     if "conv" not in options:

@@ -115,10 +115,11 @@ class Backbone(nn.Module):
             raise ValueError(
                 f"img_size={img_size} must be a multiple of patch_size={patch_size}, at least one"
             )
-        if in_chans < 1 or num_classes < 0 or depth < 1:
+        if min(in_chans, depth, embed_dim) < 1 or num_classes < 0:
             raise ValueError(
-                "in_chans and depth must be >= 1 and num_classes >= 0, "
-                f"got in_chans={in_chans}, depth={depth}, num_classes={num_classes}"
+                "in_chans, depth and embed_dim must be >= 1 and num_classes >= 0, got "
+                f"in_chans={in_chans}, depth={depth}, embed_dim={embed_dim}, "
+                f"num_classes={num_classes}"
             )
         self.in_chans = in_chans
         self.num_classes = num_classes

@@ -34,6 +34,7 @@ SIZES, STEPS, TARGETS = (1, 2, 4, 8, 16, 32), 500, 3
 QUICK_SIZES, QUICK_STEPS = (1, 8), 20
 NEAR = 0.05  # a map that is nearer than this to its target, relative, counts as represented
 SHARES = (0.05, 0.5, 0.95)
+MAX_IMAGES = 16
 SIDE, INPUTS = 14, 4  # of the maps of tokens at which decays are looked at
 
 
@@ -75,9 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="condition 1 of these too: folders that runs left, or timm names")  # fmt: skip
     add("--image", type=Path, nargs="+", default=[], metavar="PATH",
         help="files or folders: what --model sees [normal tokens into each layer]")  # fmt: skip
-    add("--max-images", type=int, default=16, help="of all [16]")
-    add("--steps", type=int, default=STEPS, help=f"of each fit [{STEPS}]")
-    add("--targets", type=int, default=TARGETS, help=f"random softmax maps [{TARGETS}]")
+    add("--max-images", type=int, help=f"of all [{MAX_IMAGES}]")
+    add("--steps", type=int, help=f"of each fit [{STEPS}]")
+    add("--targets", type=int, help=f"random softmax maps [{TARGETS}]")
     add("--quick", action="store_true",
         help=f"{QUICK_STEPS} steps, one target, K = {QUICK_SIZES}")  # fmt: skip
     add("--out", type=Path, metavar="FILE", help="the tables as Markdown")
@@ -93,11 +94,15 @@ def run(given: argparse.Namespace) -> int:
         UserError: for what the user can mend, before any work where it can be seen before.
     """
     for flag in ("steps", "targets", "max_images"):
-        if getattr(given, flag) < 1:
-            name = flag.replace("_", "-")
-            raise UserError(f"--{name} needs 1 or more, got {getattr(given, flag)}")
+        name, value = flag.replace("_", "-"), getattr(given, flag)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} needs 1 or more, got {value}")
+        if value is not None and given.quick and flag != "max_images":
+            raise UserError(f"--quick sets --{name}; give one of them")
     if given.image and not given.model:
         raise UserError("--image is what --model sees; name one")
+    if given.max_images is not None and not given.image:
+        raise UserError("--max-images is of --image; name one")
     outputs = {"--out": given.out, "--json": given.json, "--update": given.update}
     marked = read_marked(given.update, MARK) if given.update is not None else ""
     check_outputs(outputs, [(path, "--image") for path in given.image])
@@ -111,12 +116,13 @@ def run(given: argparse.Namespace) -> int:
         if name in given.mixers[:i]:
             raise UserError(f"--mixers: {name} is given twice")
     source = provenance(given)  # the code as it was when the work began
-    models = [model_dynamics(name, given.image, given.max_images) for name in given.model]
+    most = given.max_images or MAX_IMAGES
+    models = [model_dynamics(name, given.image, most) for name in given.model]
     names = given.mixers or list(MIXERS)
     if given.quick:
         rows = measure(names, QUICK_SIZES, QUICK_STEPS, 1)
     else:
-        rows = measure(names, SIZES, given.steps, given.targets)
+        rows = measure(names, SIZES, given.steps or STEPS, given.targets or TARGETS)
     text = as_markdown(rows, models)
     print(text)
     if given.out is not None:
@@ -140,8 +146,9 @@ def provenance(given: argparse.Namespace) -> str:
         *(["--mixers", *given.mixers] if given.mixers else []),
         *(["--model", *given.model] if given.model else []),
         *(["--image ..."] if given.image else []),
-        *(["--steps", str(given.steps)] if given.steps != STEPS else []),
-        *(["--targets", str(given.targets)] if given.targets != TARGETS else []),
+        *(["--max-images", str(given.max_images)] if given.max_images is not None else []),
+        *(["--steps", str(given.steps)] if given.steps is not None else []),
+        *(["--targets", str(given.targets)] if given.targets is not None else []),
         *(["--quick"] if given.quick else []),
     ]
     return f"`{' '.join([MARK, *flags])}`, commit {code_version() or 'unknown'}."

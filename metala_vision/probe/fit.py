@@ -9,6 +9,7 @@ a linear model should be able to be any softmax attention map.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from metala_vision.layers import (
     UnifiedMixer,
     unified,
 )
+from metala_vision.layers.unified_instances import BOUNDED
 
 TOKENS, WIDTH = 32, 64
 RATES = (0.01, 0.03, 0.1)  # Adam's, side by side; the best counts
@@ -130,10 +132,17 @@ def fitted_mixer(name: str, K: int, C: int = WIDTH, seed: int = 0) -> nn.Module 
     return mixer
 
 
+def free_instance(mixer: Any, impl: str = "auto") -> UnifiedMixer:
+    """The mixer in the unified form; one that has a least decay with 0, its first layer's."""
+    width = mixer.out_proj.out_features
+    bound = torch.zeros(width, dtype=torch.float64) if isinstance(mixer, BOUNDED) else None
+    return unified(mixer, bound, impl)
+
+
 class _Map(nn.Module):
     def __init__(self, mixer: nn.Module) -> None:
         super().__init__()
-        self.instance = unified(mixer)
+        self.instance = free_instance(mixer)
 
     def forward(self, x: Tensor) -> Tensor:
         return implicit_map(self.instance, x)

@@ -31,7 +31,7 @@ LOGSPACE_5_3 = [1e-5, 4.64e-5, 2.15e-4, 1e-3]
 
 @dataclass
 class Sweep:
-    """What is trained; the defaults are those of Zoology's figure 2.
+    """What is trained; the defaults are MetaLA's section 6 on the data of Zoology's figure 2.
 
     mixers: families, none for all that have a causal form. lengths: (length, pairs).
     learning_rates: none for those published, four from 1e-4 to 1e-2, from length 512 on also four
@@ -141,8 +141,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags; each overrides the value of the setting."""
     add = parser.add_argument
     add("--setting", choices=SETTINGS, default="small",
-        help="small: minutes a run on a CPU core; published: Zoology's figure 2; hard: MetaLA's "
-        "table A7 [small]")  # fmt: skip
+        help="small: minutes a run on a CPU core; published: MetaLA's section 6 on the data of "
+        "Zoology's figure 2; hard: its table A7 [small]")  # fmt: skip
     add("--output", type=Path, help="folder [runs/mqar-SETTING]")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="[auto]")
     add("--mixers", nargs="+", metavar="FAMILY", help="[all that have a causal form]")

@@ -78,8 +78,9 @@ class RecallModel(nn.Module):
     Source: Zoology, arXiv 2312.04927, with the blocks of this package: pre-norm, a channel mixer
     behind every token mixer (MetaLA's setting, arXiv 2411.10741 section 6; Zoology has none).
     Differs: MetaLA and GLA have keys of C / 2 H channels (published: C / H); all linear weights
-    start Xavier-uniform. From N(0, 0.02), the backbone's, the logits of 64 channels are so near 0
-    that softmax attention does not find the small task in 2,000 steps.
+    start Xavier-uniform, several projections in one matrix as one. From N(0, 0.02), the backbone's,
+    the logits of 64 channels are so near 0 that softmax attention does not find the small task in
+    2,000 steps.
 
     Args:
         family: of models.FAMILIES. vocab, length, dim: of E and of the positions, which are

@@ -94,13 +94,14 @@ def classes(system: System) -> tuple[bool, bool, bool]:
 
     A key that is 1 - |alpha| is none of its own.
     """
-    (q, k, _, alpha), *_ = system.parts(tokens(system.dim))
-    (other_q, other_k, _, other_alpha), *_ = system.parts(tokens(system.dim, seed=1))
+    x, other = tokens(system.dim), tokens(system.dim, seed=1)
+    (q, k, _, alpha), *_ = system.parts(x)
+    (other_q, other_k, _, _), *_ = system.parts(other)
     tied = torch.allclose(k, (1 - alpha.abs()).to(k.dtype), rtol=1e-9, atol=1e-12)
     return (
         not torch.equal(q, other_q),
         not tied and not torch.equal(k, other_k),
-        not torch.equal(alpha, other_alpha),
+        not torch.equal(system.forgetting(x)[0], system.forgetting(other)[0]),
     )
 
 

@@ -29,7 +29,7 @@ from metala_vision.layers import (
     unified,
 )
 from metala_vision.layers.unified import FUNCTIONS
-from metala_vision.layers.unified_instances import INSTANCES, NO_RECURRENCE
+from metala_vision.layers.unified_instances import BOUNDED, INSTANCES, NO_RECURRENCE
 from metala_vision.models import FAMILIES
 from tests._numerics import normal, relative_rms
 from tests.train._runs import ROOT
@@ -84,6 +84,8 @@ def made(mixer_cls, options, **more):
         for i, parameter in enumerate(mixer.parameters()):
             parameter.copy_(0.5 * normal(*parameter.shape, seed=i))
     own = (lambda x: mixer(x, bound)) if bound is not None else mixer
+    if isinstance(mixer, BOUNDED) and bound is None:
+        bound = torch.zeros(C, dtype=torch.float64)
     return mixer, own, lambda **kwargs: unified(mixer, bound, **kwargs)
 
 
@@ -273,6 +275,33 @@ def test_under_autocast_decays_keep_their_precision():
     assert relative_rms(found, expected) <= 2e-2  # some ten roundings of 2^-9 on the way
 
 
+@pytest.mark.parametrize("impl", ["loop", "operator"])
+def test_compiled_it_is_itself(impl):
+    """In one graph, with its gradients; the graph is run by the same operators."""
+    torch.manual_seed(0)
+    mixer = own_mixer(impl=impl)
+    x = normal(2, 2, 3, C, seed=50).requires_grad_()
+    compiled = torch.compile(mixer, backend="aot_eager", fullgraph=True)
+    weight = normal(2, 2, 3, C, seed=51)
+    inputs = [x, *mixer.parameters()]
+    found, expected = (
+        [y.detach(), *torch.autograd.grad((y * weight).sum(), inputs)]
+        for y in (compiled(x), mixer(x))
+    )
+    for own, other in zip(found, expected, strict=True):
+        assert relative_rms(own, other) <= EXACT
+
+
+@pytest.mark.parametrize("mixer_cls", [HGRNMixer, HGRN2Mixer, GLAMixer])
+def test_a_least_decay_is_asked_for_where_there_is_one(mixer_cls):
+    if mixer_cls is GLAMixer:
+        with pytest.raises(ValueError, match=r"^GLAMixer has no lower_bound$"):
+            unified(mixer_cls(C, H), torch.zeros(C))
+    else:
+        with pytest.raises(ValueError, match=f"^{mixer_cls.__name__} needs lower_bound, the least"):
+            unified(mixer_cls(C, H))
+
+
 @pytest.mark.parametrize("mixer_cls", [AttentionMixer, nn.Identity])
 def test_what_is_no_gated_recurrence_is_refused(mixer_cls):
     why = "is no gated recurrence" if mixer_cls is AttentionMixer else "has no unified form"
@@ -309,6 +338,7 @@ def test_a_wrong_option_is_named(options, message):
             r"gate gave \[1, 2, 3, 3\]; accepted: a number, \[1, 2",
         ),
         ("decay", lambda x, way: -0.5, r"decay must be in \[0, 1\], got -0.5; impl='loop'"),
+        ("decay", lambda x, way: 1.5, r"decay must be in \[0, 1\], got 1.5; impl='loop'"),
     ],
 )
 def test_functions_that_do_not_fit_are_named(name, function, message):

@@ -344,6 +344,13 @@ def test_unfit_arguments_are_named(kwargs, message):
         small(**kwargs)
 
 
+@pytest.mark.parametrize("name", NANO)
+@pytest.mark.parametrize("argument", ["num_heads", "embed_dim"])
+def test_every_family_names_a_size_of_zero(name, argument):
+    with pytest.raises(ValueError, match=f"{argument}=0"):
+        timm.create_model(name, **{argument: 0})
+
+
 @pytest.mark.parametrize(
     ("shape", "message"),
     [

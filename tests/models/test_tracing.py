@@ -10,6 +10,10 @@ import torch
 from tests._numerics import SAME, relative_rms
 from tests.models.test_backbone import NANO, small
 
+# Those over MetaLA's operator are compiled as it is; a process compiles one in ten seconds.
+ALIKE = ("gla_nano", "hgrn2_nano", "regla_nano", "retnet_nano")
+COMPILED = [pytest.param(n, marks=[pytest.mark.slow] if n in ALIKE else []) for n in NANO]
+
 
 @pytest.fixture(autouse=True)
 def nothing_compiled_before():
@@ -61,7 +65,7 @@ def test_a_script_gives_the_same_numbers(name):
 
 @pytest.mark.export
 @pytest.mark.filterwarnings("ignore")  # of the compiler
-@pytest.mark.parametrize("name", NANO)
+@pytest.mark.parametrize("name", COMPILED)
 def test_one_layer_trains_compiled(name):
     """By Inductor, which has its own ideas of how to fuse a backward pass."""
     # Inductor draws EVA's noise in a way of its own

@@ -12,7 +12,14 @@ from metala_vision.errors import UserError
 from metala_vision.models import FAMILIES
 from metala_vision.probe import conditions
 from metala_vision.probe.conditions import MARK, Row, dynamics, model_dynamics, verdicts
-from metala_vision.probe.conditions_table import BOUNDS, PAPER, as_markdown
+from metala_vision.probe.conditions_table import (
+    BOUNDS,
+    PAPER,
+    WORDS,
+    as_markdown,
+    decays_table,
+    parameters_table,
+)
 from metala_vision.probe.fit import MIXERS, Fit
 from metala_vision.probe.systems import OPTIONS, registered, tokens
 from tests.train._runs import ROOT
@@ -136,6 +143,9 @@ def test_what_is_not_as_the_paper_has_it_is_said():
         (["--targets", "0"], "--targets needs 1 or more, got 0"),
         (["--max-images", "-1"], "--max-images needs 1 or more, got -1"),
         (["--image", "a.png"], "--image is what --model sees; name one"),
+        (["--quick", "--steps", "500"], "--quick sets --steps; give one of them"),
+        (["--quick", "--targets", "2"], "--quick sets --targets; give one of them"),
+        (["--model", "metala_nano", "--max-images", "3"], "--max-images is of --image; name one"),
         (["--out", "nowhere/a.md"], "cannot write nowhere/a.md"),
         (["--out", "README.md", "--json", "README.md"], "--json README.md is --out too"),
         (["--update", "README.md"], f"README.md has no line <!-- {MARK} -->"),
@@ -155,3 +165,14 @@ def test_the_documents_block_names_command_and_commit():
     assert f"\n`{MARK}" in block and "commit " in block
     for name in MIXERS:
         assert f"\n| {name} | " in block
+
+
+def test_the_documents_block_is_what_is_measured():
+    """All but the fits, which take minutes: decays, parameters, what a mixer has."""
+    block = (ROOT / "docs" / "unified.md").read_text().split(f"<!-- {MARK} -->")[1]
+    rows = conditions.measure(list(MIXERS), (), 0, 0)
+    for name, has in ((row.name, row.has) for row in rows):
+        assert f"\n| {name} | {' | '.join(WORDS[own] for own in has)} | " in block
+    tables = (decays_table(rows, []), parameters_table(rows))
+    for line in "\n".join(tables).splitlines():
+        assert f"\n{line}\n" in block, line

@@ -96,7 +96,7 @@ def test_a_running_maximum_is_no_memory(direction):
     with torch.no_grad():
         model.blocks[0].mixer.in_proj.weight[3 * 128 :] = 0
     found = dynamics("regla", systems.systems_of("regla", model), [[systems.tokens(128)]])
-    assert found.spread == 0
+    assert found.spread == 0 and not found.changes
     assert found.half_lives == pytest.approx([1.0] * 3)  # F of 1/2 and 1/2 is 1/2
 
 
