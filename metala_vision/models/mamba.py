@@ -55,10 +55,12 @@ class Mamba(Backbone):
             shared_parameters=shared_parameters,
             average=average,
         )
-        if mlp_ratio is None:
+        if mlp_ratio is None and embed_dim < 1:
+            mlp_ratio = 3.0  # refused below
+        elif mlp_ratio is None:
             rank = embed_dim / 16 if dt_rank is None else dt_rank
             ways = 1 if shared_parameters or direction != "bidirectional" else 2
-            projections = 3 + ways * (2 * rank + 3 * d_state) / max(embed_dim, 1)
+            projections = 3 + ways * (2 * rank + 3 * d_state) / embed_dim
             mlp_ratio = (13 - expand * projections) / 3
             if mlp_ratio <= 0:
                 raise ValueError(
