@@ -275,6 +275,7 @@ def test_under_autocast_decays_keep_their_precision():
     assert relative_rms(found, expected) <= 2e-2  # some ten roundings of 2^-9 on the way
 
 
+@pytest.mark.export
 @pytest.mark.parametrize("impl", ["loop", "operator"])
 def test_compiled_it_is_itself(impl):
     """In one graph, with its gradients; the graph is run by the same operators."""
