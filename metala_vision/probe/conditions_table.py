@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from .conditions import NEAR, Dynamics, Row
+from .conditions_rows import NEAR, Dynamics, Row
 from .fit import RATES, TOKENS, WIDTH
 from .unified import table
 

@@ -29,10 +29,10 @@ from metala_vision.layers import (
 )
 from metala_vision.layers.unified_instances import BOUNDED
 
+from .conditions_rows import STEPS, TARGETS
+
 TOKENS, WIDTH = 32, 64
 RATES = (0.01, 0.03, 0.1)  # Adam's, side by side; the best counts
-TARGETS = 3
-STEPS = 500
 
 # The mixer of C channels whose heads have K real states (HGRN's and LRU's one is complex), or None
 # where it has none such: RetNet's come in pairs.

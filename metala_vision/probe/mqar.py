@@ -8,133 +8,22 @@ import argparse
 import dataclasses
 import json
 import os
-import re
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from functools import partial
-from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metala_vision.errors import UserError, nearest
 from metala_vision.files import write_text
 
+from .mqar_sweep import CONVS, SETTINGS, Sweep, told
+
 if TYPE_CHECKING:
     from .mqar_run import Progress, RecallRun
 
 SHARED_FILE, RUNS = "sweep.json", "runs"
-CONVS = "published, causal1d, causal1d(WIDTH), none"
-LOGSPACE_4_2 = [1e-4, 4.64e-4, 2.15e-3, 1e-2]  # four from 10^-4 to 10^-2
-LOGSPACE_5_3 = [1e-5, 4.64e-5, 2.15e-4, 1e-3]
-
-
-@dataclass
-class Sweep:
-    """What is trained; the defaults are MetaLA's section 6 on the data of Zoology's figure 2.
-
-    mixers: families, none for all that have a causal form. lengths: (length, pairs).
-    learning_rates: none for those published, four from 1e-4 to 1e-2, from length 512 on also four
-        from 1e-5 to 1e-3. sweep_seeds: how many of the seeds are trained at every learning rate;
-        the others at the best of them alone. None for all.
-    batch_size: None for 512, less from length 256 on: 65,536 tokens.
-    The other fields are those of RecallRun, the same for all runs.
-    """
-
-    mixers: list[str] = field(default_factory=list)
-    lengths: list[tuple[int, int]] = field(
-        default_factory=lambda: [(64, 4), (128, 8), (256, 16), (512, 64)]
-    )
-    dims: list[int] = field(default_factory=lambda: [64, 128, 256, 512])
-    learning_rates: list[float] = field(default_factory=list)
-    seeds: list[int] = field(default_factory=lambda: [0])
-    sweep_seeds: int | None = None
-    batch_size: int | None = None
-    vocab: int = 8192
-    power: float = 0.01
-    random_non_queries: bool = False
-    train_examples: int = 100_000
-    test_examples: int = 3_000
-    epochs: int = 64
-    stop_at: float = 0.99
-    weight_decay: float = 0.1
-    dropout: float = 0.1
-    num_heads: int = 2
-    layers: int = 2
-    mlp_ratio: float | None = None
-    conv: str = "published"
-    precision: str = "no"
-
-    def rates(self, length: int) -> list[float]:
-        """The learning rates of a length, in ascending order."""
-        if self.learning_rates:
-            return sorted(self.learning_rates)
-        return sorted(LOGSPACE_4_2 + (LOGSPACE_5_3 if length >= 512 else []))
-
-    def shared(self) -> dict[str, Any]:
-        """What all runs of a folder have in common; the other fields may grow."""
-        grown = ("mixers", "lengths", "dims", "learning_rates", "seeds", "sweep_seeds")
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in grown}
-
-    def run(self, mixer: str, length: tuple[int, int], dim: int, rate: float, seed: int) -> Any:
-        from .mqar_run import RecallRun
-
-        batch = self.batch_size or max(1, min(512, 65_536 // length[0]))
-        own = {**self.shared(), "batch_size": batch}
-        return RecallRun(mixer, length[0], length[1], dim, rate, seed, **own)
-
-    def check(self) -> None:
-        """UserError, naming the flag, for a value that cannot be."""
-        several: dict[str, list[Any]] = {
-            "--lengths": self.lengths, "--dims": self.dims, "--seeds": self.seeds,
-            "--learning-rates": self.learning_rates, "--mixers": self.mixers,
-        }  # fmt: skip
-        for flag, given in several.items():
-            twice = next((value for value in given if given.count(value) > 1), None)
-            if twice is not None:
-                raise UserError(f"{flag}: {_told(twice)} is given twice")
-        for flag, least, value in (
-            ("--dims", 1, min(self.dims)), ("--seeds", 0, min(self.seeds)),
-            ("--sweep-seeds", 1, self.sweep_seeds), ("--batch-size", 1, self.batch_size),
-            ("--train-examples", 1, self.train_examples),
-            ("--test-examples", 1, self.test_examples), ("--epochs", 1, self.epochs),
-            ("--num-heads", 1, self.num_heads), ("--layers", 1, self.layers),
-        ):  # fmt: skip
-            if value is not None and value < least:
-                raise UserError(f"{flag} needs {least} or more, got {value}")
-        for rate in self.learning_rates:
-            if not 0 < rate < inf:
-                raise UserError(f"--learning-rates needs numbers above 0, got {rate:g}")
-        for flag, value, below in (
-            ("--weight-decay", self.weight_decay, inf), ("--dropout", self.dropout, 1.0),
-            ("--mlp-ratio", self.mlp_ratio, inf), ("--stop-at", self.stop_at, inf),
-        ):  # fmt: skip
-            if value is not None and not 0 <= value < below:
-                limit = "" if below == inf else f" and below {below:g}"
-                raise UserError(f"{flag} needs a number of 0 or more{limit}, got {value:g}")
-        if max(self.seeds) >= 2**32:
-            raise UserError(f"--seeds needs numbers below 2^32, got {max(self.seeds)}")
-        if not re.fullmatch(r"published|none|causal1d(\([1-9]\d{0,4}\))?", self.conv):
-            # depthwise2d, which the mixers know, hears of the next token
-            raise UserError(f"--conv {self.conv}: accepted are {CONVS}")
-        named: dict[str, float] = {}
-        for rate in self.learning_rates:
-            if named.setdefault(f"{rate:.3g}", rate) != rate:
-                raise UserError(f"--learning-rates: {rate:g} is too near another: runs are named "
-                                f"by three digits")  # fmt: skip
-        if (self.sweep_seeds or 0) > len(self.seeds):
-            raise UserError(f"--sweep-seeds {self.sweep_seeds}: --seeds are {len(self.seeds)}")
-
-
-SETTINGS: dict[str, dict[str, Any]] = {
-    "small": {
-        "lengths": [(64, 8)], "dims": [64], "seeds": [0, 1, 2], "sweep_seeds": 1, "vocab": 64,
-        "train_examples": 8_000, "test_examples": 500, "batch_size": 64, "epochs": 16,
-        "learning_rates": LOGSPACE_4_2[1:], "dropout": 0.0, "mlp_ratio": 0.0,
-    },
-    "published": {},
-    "hard": {"lengths": [(512, 80)], "dims": [64, 128]},
-}  # fmt: skip
+TABLE_FILE, CSV_FILE, JSON_FILE, PICTURE_FILE = "mqar.md", "mqar.csv", "mqar.json", "mqar.png"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -209,7 +98,6 @@ def train_sweep(sweep: Sweep, output: Path, device_name: str = "auto") -> tuple[
     from metala_vision.processes import find_device
 
     from .mqar_run import FOUND, train_run
-    from .mqar_table import write_results
 
     device = find_device(device_name)
     mixers = _chosen(sweep.mixers)
@@ -241,6 +129,22 @@ def train_sweep(sweep: Sweep, output: Path, device_name: str = "auto") -> tuple[
         return write_results(found, sweep, output)
     finally:
         lock.release()
+
+
+def write_results(
+    found: Sequence[dict[str, Any]], sweep: "Sweep", output: Path
+) -> tuple[str, Path]:
+    """mqar.md, mqar.csv, mqar.json and mqar.png; the table as text and its path."""
+    from .mqar_picture import recall_picture
+    from .mqar_table import as_csv, as_markdown, rows_of
+
+    rows = rows_of(found, sweep)
+    text = as_markdown(rows, found, sweep)
+    write_text(output / TABLE_FILE, text)
+    write_text(output / CSV_FILE, as_csv(found))
+    write_text(output / JSON_FILE, json.dumps(list(found), indent=1) + "\n")
+    recall_picture(rows, output / PICTURE_FILE)
+    return text, output / TABLE_FILE
 
 
 def _runs(sweep: Sweep, mixers: list[str], found: list[dict[str, Any]]) -> Iterator["RecallRun"]:
@@ -291,7 +195,7 @@ def _check_runs(sweep: Sweep, mixers: list[str]) -> None:
                     one.task()
                     one.model("meta")
                 except ValueError as error:
-                    raise UserError(f"{mixer}, {_told(length)}, width {dim}: {error}") from error
+                    raise UserError(f"{mixer}, {told(length)}, width {dim}: {error}") from error
 
 
 def _opened(sweep: Sweep, output: Path) -> Path:
@@ -302,8 +206,8 @@ def _opened(sweep: Sweep, output: Path) -> Path:
         for key, value in sweep.shared().items():
             if there.get(key) != value:
                 raise UserError(
-                    f"{output} holds a sweep with {key} {_told(there.get(key))}, asked for is "
-                    f"{_told(value)}; take another --output"
+                    f"{output} holds a sweep with {key} {told(there.get(key))}, asked for is "
+                    f"{told(value)}; take another --output"
                 )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -345,7 +249,3 @@ def _length(text: str) -> tuple[int, int]:
     if not (length.isdecimal() and pairs.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r} is no LENGTH:PAIRS such as 64:8")
     return int(length), int(pairs)
-
-
-def _told(value: Any) -> str:
-    return f"{value[0]}:{value[1]}" if isinstance(value, tuple) else f"{value}"

@@ -2,20 +2,16 @@
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import fsum
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metala_vision.compare.estimates import Estimate, estimate
-from metala_vision.files import write_text
 
 if TYPE_CHECKING:
-    from .mqar import Sweep
+    from .mqar_sweep import Sweep
 
-TABLE_FILE, CSV_FILE, JSON_FILE, PICTURE_FILE = "mqar.md", "mqar.csv", "mqar.json", "mqar.png"
 SOURCE = "MetaLA, arXiv 2411.10741, table A7"
 # (length, pairs, width, mixer): accuracy in percent, as printed.
 PUBLISHED = {
@@ -161,18 +157,3 @@ def as_csv(found: Sequence[dict[str, Any]]) -> str:
     writer.writerow(names)
     writer.writerows([one[name] for name in names] for one in found)
     return table.getvalue()
-
-
-def write_results(
-    found: Sequence[dict[str, Any]], sweep: "Sweep", output: Path
-) -> tuple[str, Path]:
-    """mqar.md, mqar.csv, mqar.json and mqar.png; the table as text and its path."""
-    from .mqar_picture import recall_picture
-
-    rows = rows_of(found, sweep)
-    text = as_markdown(rows, found, sweep)
-    write_text(output / TABLE_FILE, text)
-    write_text(output / CSV_FILE, as_csv(found))
-    write_text(output / JSON_FILE, json.dumps(list(found), indent=1) + "\n")
-    recall_picture(rows, output / PICTURE_FILE)
-    return text, output / TABLE_FILE

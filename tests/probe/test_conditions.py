@@ -11,7 +11,8 @@ from PIL import Image
 from metala_vision.errors import UserError
 from metala_vision.models import FAMILIES
 from metala_vision.probe import conditions
-from metala_vision.probe.conditions import MARK, Row, dynamics, model_dynamics, verdicts
+from metala_vision.probe.conditions import MARK, dynamics, model_dynamics, verdicts
+from metala_vision.probe.conditions_rows import Row
 from metala_vision.probe.conditions_table import (
     BOUNDS,
     PAPER,

@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from metala_vision.probe.conditions import NEAR
+from metala_vision.probe.conditions_rows import NEAR, TARGETS
 from metala_vision.probe.fit import (
     MIXERS,
-    TARGETS,
     TOKENS,
     WIDTH,
     errors,

@@ -16,7 +16,6 @@ from PIL import Image
 from metala_vision.cli import main
 from metala_vision.compare.estimates import estimate
 from metala_vision.models import FAMILIES
-from metala_vision.probe.mqar import SETTINGS, Sweep
 from metala_vision.probe.mqar_model import RecallModel, causal_mixers, conv_of, state_floats
 from metala_vision.probe.mqar_picture import recall_picture
 from metala_vision.probe.mqar_run import (
@@ -26,6 +25,7 @@ from metala_vision.probe.mqar_run import (
     learning_rate_of,
     train_run,
 )
+from metala_vision.probe.mqar_sweep import SETTINGS, Sweep
 from metala_vision.probe.mqar_table import COLUMNS, Row, best_rate, cells_of, rows_of
 from tests.train._runs import ROOT
 

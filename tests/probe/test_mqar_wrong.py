@@ -3,7 +3,7 @@
 import pytest
 
 from metala_vision.errors import UserError
-from metala_vision.probe.mqar import Sweep
+from metala_vision.probe.mqar_sweep import Sweep
 
 
 @pytest.mark.parametrize(
