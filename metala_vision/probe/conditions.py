@@ -174,22 +174,21 @@ def dynamics(
 
     from metala_vision.visualize.memory import quantiles
 
-    from .systems import classes
-
-    spreads, half_lives = [], []
+    changes, spreads, half_lives = False, [], []
     with torch.no_grad():
         for i, system in enumerate(systems):
             for passes in zip(*(system.forgetting(own[i]) for own in maps), strict=True):
                 alpha = torch.cat([part.flatten(0, 1).flatten(1) for part in passes])
                 log_decay = alpha.abs().log()  # [tokens of all inputs, channels]
                 still = log_decay.amax(0) == log_decay.amin(0)
+                changes |= not bool(still.all())
                 spread = log_decay.std(0, unbiased=False) / log_decay.mean(0).abs()
                 spreads.append(torch.where(still, 0.0, spread).mean())
                 half_lives.append((math.log(2) / log_decay.abs()).flatten())
     lives = quantiles(torch.cat(half_lives), SHARES)
     return Dynamics(
         name,
-        any(classes(system)[2] for system in systems),
+        changes,
         torch.stack(spreads).mean().item(),
         [value if math.isfinite(value) else None for value in lives],
     )

@@ -18,9 +18,9 @@ SIDE, INPUTS = 14, 4  # of the maps of tokens at which decays are looked at
 class Dynamics:
     """How the decay of a mixer, or of all layers of a model, answers its input.
 
-    changes: whether another input changes it at all. spread: the standard deviation of log alpha
-    over tokens, over its mean, by channel; the mean over channels. half_lives: quantiles SHARES
-    over tokens and channels, in tokens; None where nothing is forgotten.
+    changes: whether it differs at all between tokens or inputs. spread: the standard deviation
+    of log alpha over tokens, over its mean, by channel; the mean over channels. half_lives:
+    quantiles SHARES over tokens and channels, in tokens; None where nothing is forgotten.
     """
 
     name: str

@@ -148,8 +148,7 @@ def train_run(
         with replacing(state_file) as fresh:
             torch.save(state, fresh)
         told(progress)
-    found = {
-        **asdict(run),
+    own = {
         "accuracy": progress.accuracies[-1],
         "steps": len(progress.losses) * math.ceil(run.train_examples / run.batch_size),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -160,6 +159,8 @@ def train_run(
         "losses": [x if math.isfinite(x) else None for x in progress.losses],
         "accuracies": progress.accuracies,
     }
+    assert tuple(own) == FOUND
+    found = {**asdict(run), **own}
     write_text(folder / f"{run.name}.json", json.dumps(found, indent=1) + "\n")
     state_file.unlink(missing_ok=True)
     return found

@@ -305,7 +305,16 @@ def test_published_decays():
         (MambaMixer, {"d_state": 16.0}, r"d_state must be a whole number >= 1, got 16\.0"),
         (MambaMixer, {"expand": "2"}, "expand must be a whole number >= 1, got '2'"),
         (MambaMixer, {"dt_rank": 0}, "dt_rank must be a whole number >= 1, got 0"),
-        (ReGLAMixer, {"gate_bias": float("nan")}, "gate_bias must be a number from -1e4 to 1e4"),
+        (
+            ReGLAMixer,
+            {"gate_bias": float("nan")},
+            "gate_bias must be a number from -1e4 to 1e4, got nan",
+        ),
+        (
+            ReGLAMixer,
+            {"gate_bias": 1.1e4},
+            "gate_bias must be a number from -1e4 to 1e4, got 11000",
+        ),
         (ReGLAMixer, {"dim": 12, "rope": True}, "rope needs a key width divisible by 4, got 6"),
         (RetNetMixer, {"dim": 14}, "rotary='scan' needs an even key width, got 7"),
         (RetNetMixer, {"decay": "fast"}, "decay='fast' is unknown; accepted: retnet, transnormer"),

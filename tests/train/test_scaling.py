@@ -222,6 +222,8 @@ def test_a_measurement_from_its_flags_to_its_table(tmp_path, capsys):
     assert main(flags) == 0  # everything is there
     assert "round" not in capsys.readouterr().out.split("| model |")[0]
     assert main([*flags, "--batch-size", "2", "--mode", "both", "--sizes", "64"]) == 0
+    with Image.open(output / "scaling.png") as image:
+        assert image.height > 1000  # a row for each mode
     assert len(visits(output)) == 8  # other settings are other points; the first are kept
 
 
