@@ -1,12 +1,14 @@
-"""Files that are whole, or as they were."""
+"""Files that are whole, or as they were, and a choice of many."""
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from .errors import UserError
 
+T = TypeVar("T")
 PICTURES = (".png", ".pdf", ".svg")  # endings
 
 
@@ -83,3 +85,9 @@ def check_picture(flag: str, path: Path | None) -> None:
     """A UserError for an ending that is no picture's."""
     if path is not None and path.suffix.lower() not in PICTURES:
         raise UserError(f"{flag} must end in one of {' '.join(PICTURES)}, got {path}")
+
+
+def evenly_spread(items: Sequence[T], most: int) -> list[T]:
+    """Up to `most` of them, evenly spread over all, in their order."""
+    count = min(most, len(items))
+    return [items[i * len(items) // count] for i in range(count)]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from metala_vision._version import __version__
 from metala_vision.errors import UserError, one_line
 from metala_vision.evaluate import find_images, load_model
-from metala_vision.files import replacing
+from metala_vision.files import evenly_spread, replacing
 from metala_vision.labels import labels_of
 from metala_vision.layers.scan import ANY_SIZE
 from metala_vision.models.backbone import Backbone
@@ -166,8 +166,7 @@ def wanted_images(wanted: Export) -> list[Path] | None:
         files = image_files(wanted.images)
     else:
         return None
-    count = min(wanted.max_images, len(files))
-    return [files[i * len(files) // count] for i in range(count)]
+    return evenly_spread(files, wanted.max_images)
 
 
 def describe(

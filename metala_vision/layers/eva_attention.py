@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function, trunc_normal_
 from torch import Tensor, nn
 
-from .mixer import TokenMixer, check_rope
+from .mixer import TokenMixer, check_rope, check_sizes
 from .pos_embed import rope2d
 
 jit_ignore: Any = torch.jit.ignore  # torch types the decorated function as a flag
@@ -335,9 +335,7 @@ class EVAAttentionMixer(TokenMixer):
             raise ValueError(
                 f"direction={direction!r}: EVA hears of all tokens; accepted: bidirectional"
             )
-        for name, value in (("window", window), ("landmarks", landmarks)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+        check_sizes(window=window, landmarks=landmarks)
         self.width = dim // num_heads
         self.window = window
         self.landmarks = landmarks

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from metala_vision.kernels.selective_scan import MAX_STATES, selective_scan_op
 
 from .conv import TokenConv
-from .mixer import TokenMixer
+from .mixer import TokenMixer, check_sizes
 from .scan import token_order
 
 jit_ignore: Any = torch.jit.ignore  # torch types the decorated function as a flag
@@ -54,10 +54,7 @@ def scan_tokens(
 
 def check_mamba(expand: int, d_state: int, dt_rank: int | None) -> None:
     """A ValueError that names the value which is no whole number >= 1, or too large."""
-    given = {"expand": expand, "d_state": d_state, "dt_rank": 1 if dt_rank is None else dt_rank}
-    for name, value in given.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+    check_sizes(expand=expand, d_state=d_state, dt_rank=1 if dt_rank is None else dt_rank)
     if d_state > MAX_STATES:
         raise ValueError(f"d_state must be at most {MAX_STATES}, got {d_state}")
 

@@ -68,6 +68,13 @@ class TokenMixer(nn.Module):
             self.conv = TokenConv(dim, conv, direction, **dd)
 
 
+def check_sizes(**sizes: object) -> None:
+    """A ValueError that names the first value which is no whole number >= 1."""
+    for name, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+
+
 def check_option(name: str, value: str, accepted: tuple[str, ...]) -> str:
     """The value unchanged, or a ValueError with the accepted ones."""
     if value not in accepted:

@@ -10,6 +10,7 @@ from functools import partial
 from timm.models import register_model
 
 from metala_vision.layers import EVAAttentionMixer
+from metala_vision.layers.mixer import check_sizes
 
 from .backbone import Backbone
 from .family import BASE, NANO, SMALL, TINY, build, four_sizes, generate_default_cfgs
@@ -57,11 +58,10 @@ class EVAAttention(Backbone):
             count_tokens=count_tokens,
         )
         if mlp_ratio is None:
-            own = 0.0
-            if all(isinstance(n, int) and n > 0 for n in (window, num_heads)):  # else refused below
-                # W_q and W_k of a head, and the relative positions of a window
-                own = 2 * (embed_dim / num_heads) ** 2 + num_heads * (2 * window - 1) ** 2
-            mlp_ratio = max(9 - own / max(embed_dim, 1) ** 2, 3) / 3
+            check_sizes(embed_dim=embed_dim, num_heads=num_heads, window=window)
+            # W_q and W_k of a head, and the relative positions of a window
+            own = 2 * (embed_dim / num_heads) ** 2 + num_heads * (2 * window - 1) ** 2
+            mlp_ratio = max(9 - own / embed_dim**2, 3) / 3
         super().__init__(
             mixer, mlp_ratio=mlp_ratio, embed_dim=embed_dim, pos_embed=pos_embed, **kwargs
         )

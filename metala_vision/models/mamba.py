@@ -10,6 +10,7 @@ from functools import partial
 from timm.models import register_model
 
 from metala_vision.layers import MambaMixer, check_mamba
+from metala_vision.layers.mixer import check_sizes
 
 from .backbone import Backbone
 from .family import BASE, NANO, SMALL, TINY, build, four_sizes, generate_default_cfgs
@@ -55,9 +56,8 @@ class Mamba(Backbone):
             shared_parameters=shared_parameters,
             average=average,
         )
-        if mlp_ratio is None and embed_dim < 1:
-            mlp_ratio = 3.0  # refused below
-        elif mlp_ratio is None:
+        if mlp_ratio is None:
+            check_sizes(embed_dim=embed_dim)
             rank = embed_dim / 16 if dt_rank is None else dt_rank
             ways = 1 if shared_parameters or direction != "bidirectional" else 2
             projections = 3 + ways * (2 * rank + 3 * d_state) / embed_dim

@@ -6,6 +6,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from metala_vision.files import evenly_spread
 from metala_vision.labels import brief
 from metala_vision.plots import save
 
@@ -21,8 +22,8 @@ SHARPEST = 240  # pixels of a shown image's side
 
 def predictions(done: Sequence[Prediction], model: str, path: Path) -> None:
     """A grid of images with bars of their likeliest classes, MOST images evenly spread over all."""
-    count = min(MOST, len(done))
-    shown = [done[i * len(done) // count] for i in range(count)]
+    shown = evenly_spread(done, MOST)
+    count = len(shown)
     columns = min(count, 1 if count == 1 else 2 if count <= 4 else 3)
     rows = -(-count // columns)
     width = columns * (SIDE + WIDTH + GAP) + GAP

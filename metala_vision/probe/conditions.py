@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metala_vision.errors import UserError, nearest
-from metala_vision.files import check_outputs, write_text
+from metala_vision.files import check_outputs, evenly_spread, write_text
 
 from .conditions_rows import (
     INPUTS,
@@ -214,8 +214,7 @@ def model_dynamics(name: str, images: Sequence[Path], most: int) -> Dynamics:
     if not files:
         normal = [[tokens(own.dim, SIDE, seed) for own in systems] for seed in range(INPUTS)]
         return dynamics(name, systems, normal)
-    count = min(most, len(files))
-    chosen = [files[i * len(files) // count] for i in range(count)]  # over all folders
+    chosen = evenly_spread(files, most)
     seen: list[list[Any]] = []
     for system in systems:
         system.mixer.register_forward_pre_hook(lambda _, inputs: seen[-1].append(inputs[0]))

@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from metala_vision.errors import UserError
-from metala_vision.files import PICTURES, check_outputs, check_picture, write_text
+from metala_vision.files import (
+    PICTURES,
+    check_outputs,
+    check_picture,
+    evenly_spread,
+    write_text,
+)
 
 MOST_LAYERS = 6  # of an attention picture, where none are named
 NOISE = "standard normal noise, seed 0"
@@ -283,9 +289,7 @@ def _images(
         noise = torch.randn(given.max_images, *cfg["input_size"], generator=generator)
         count = f"{given.max_images} images" if given.max_images > 1 else "one image"
         return noise, f"{count} of {NOISE}"
-    count = min(given.max_images, len(files))
-    spread = [files[i * len(files) // count] for i in range(count)]  # over all folders
-    images = torch.stack(read_images(spread, cfg))
+    images = torch.stack(read_images(evenly_spread(files, given.max_images), cfg))
     if len(files) > len(images):
         return images, f"{len(images)} of {len(files)} images, evenly spread"
     return images, f"{len(images)} images" if len(images) > 1 else "one image"
