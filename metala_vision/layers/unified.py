@@ -266,6 +266,20 @@ class UnifiedMixer(nn.Module):
         """q, k [B, N, H, K], v [B, N, H, V] and alpha [B, N, H, K] of the convolved map x."""
         return self._parts(x, way, self.query, self.key, self.value)
 
+    def alpha(self, x: Tensor, way: int, decay: Function | None = None) -> Tensor:
+        """alpha of the convolved map x, [B, N, H, K], or [B, N, H, 1] if a head has one.
+
+        decay: asked instead of the mixer's own.
+        """
+        decay = self.decay if decay is None else decay
+        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                found = decay(wide(x), way)
+        else:
+            found = decay(x, way)
+        shape = (x.shape[0], x.shape[1] * x.shape[2], self.num_heads)
+        return self._heads("decay", found, x).expand(*shape, -1)
+
     def _parts(
         self, x: Tensor, way: int, query: Function, key: Function, value: Function
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -273,13 +287,8 @@ class UnifiedMixer(nn.Module):
             self._heads(name, f(x, way), x)
             for name, f in (("query", query), ("key", key), ("value", value))
         )
-        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
-                alpha = self.decay(wide(x), way)
-        else:
-            alpha = self.decay(x, way)
-        alpha = self._heads("decay", alpha, x)
-        shape = (x.shape[0], x.shape[1] * x.shape[2], self.num_heads)
+        alpha = self.alpha(x, way)
+        shape = alpha.shape[:3]
         try:
             K = torch.broadcast_shapes(q.shape, k.shape, alpha.shape)[3]
             q, k, alpha = (part.expand(*shape, K) for part in (q, k, alpha))

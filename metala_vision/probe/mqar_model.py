@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metala_vision.kernels._fused import whole_operators
+from metala_vision.layers.conv import causal_width
 from metala_vision.models import FAMILIES, Backbone
 
 POSITIONS = ("attention",)  # families whose causal form cannot tell the order of its past
@@ -45,8 +46,8 @@ def causal_backbone(
     Raises:
         ValueError, TypeError: for a family without a causal form; for widths that do not fit.
     """
-    if conv == "depthwise2d":
-        raise ValueError("conv='depthwise2d' hears of later tokens; a causal one is needed")
+    if conv != "none" and not causal_width(conv):
+        raise ValueError(f"conv={conv!r} hears of later tokens; a causal one is needed")
     options: dict[str, Any] = {} if mlp_ratio is None else {"mlp_ratio": mlp_ratio}
     backbone: Any = timm.create_model(
         f"{family}_nano", img_size=(1, length), patch_size=1, in_chans=dim, num_classes=0,

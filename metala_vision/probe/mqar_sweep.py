@@ -1,7 +1,6 @@
 """What a sweep of associative recall trains, and the settings that have a name."""
 
 import dataclasses
-import re
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any
@@ -98,9 +97,7 @@ class Sweep:
                 raise UserError(f"{flag} needs a number of 0 or more{limit}, got {value:g}")
         if max(self.seeds) >= 2**32:
             raise UserError(f"--seeds needs numbers below 2^32, got {max(self.seeds)}")
-        if not re.fullmatch(r"published|none|causal1d(\([1-9]\d{0,4}\))?", self.conv):
-            # depthwise2d, which the mixers know, hears of the next token
-            raise UserError(f"--conv {self.conv}: accepted are {CONVS}")
+        self.check_conv()
         named: dict[str, float] = {}
         for rate in self.learning_rates:
             if named.setdefault(f"{rate:.3g}", rate) != rate:
@@ -108,6 +105,22 @@ class Sweep:
                                 f"by three digits")  # fmt: skip
         if (self.sweep_seeds or 0) > len(self.seeds):
             raise UserError(f"--sweep-seeds {self.sweep_seeds}: --seeds are {len(self.seeds)}")
+
+    def check_conv(self) -> None:
+        """UserError for a convolution that is not causal or longer than every sequence."""
+        if self.conv in ("published", "none"):
+            return
+        from metala_vision.layers.conv import causal_width
+
+        longest = max(length for length, _ in self.lengths)
+        try:
+            width = causal_width(self.conv)
+        except ValueError:
+            width = 0
+        if not width:
+            raise UserError(f"--conv {self.conv}: accepted are {CONVS}")
+        if width > longest:
+            raise UserError(f"--conv {self.conv}: the longest of --lengths is {longest}")
 
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import metala_vision
 from metala_vision.layers import TokenMixer, UnifiedMixer, unified
 from metala_vision.layers.unified import FUNCTIONS, WAYS
+from metala_vision.layers.unified_functions import Instance
 from metala_vision.layers.unified_instances import INSTANCES
 
 # Beside each family as it stands, options that make another row of the paper's table.
@@ -28,13 +29,9 @@ class System:
 
     name: str
     mixer: TokenMixer
+    functions: Instance
     instance: UnifiedMixer
     dim: int  # C
-
-    @property
-    def formulas(self) -> tuple[str, ...]:
-        """f_q, f_k, f_v, f_alpha, f_g and the norm."""
-        return INSTANCES[type(self.mixer)].formulas
 
     def parts(self, x: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """q, k, v and alpha of each pass over the map x [B, Gh, Gw, C], before the convolution."""
@@ -43,13 +40,8 @@ class System:
 
     def forgetting(self, x: Tensor) -> list[Tensor]:
         """alpha of each pass, without what merely rescales a state: ReGLA's running maximum."""
-        decay = self.instance.decay
-        own = getattr(getattr(decay, "__self__", None), "forgetting", decay)
-        self.instance.replace(decay=own)
-        try:
-            return [alpha for *_, alpha in self.parts(x)]
-        finally:
-            self.instance.replace(decay=decay)
+        x, ways = self.instance.conv(x), WAYS[self.instance.direction]
+        return [self.instance.alpha(x, way, self.functions.forgetting) for way in ways]
 
 
 def systems_of(name: str, model: nn.Module) -> list[System]:
@@ -58,15 +50,14 @@ def systems_of(name: str, model: nn.Module) -> list[System]:
     model = model.double()
     bounds = getattr(model, "_lower_bounds", lambda: None)()
     mixers: list[Any] = [module for module in model.modules() if type(module) in INSTANCES]
-    return [
-        System(
-            name,
-            mixer,
-            unified(mixer, None if bounds is None else bounds[i].detach()),
-            mixer.out_proj.out_features,
+    found = []
+    for i, mixer in enumerate(mixers):
+        bound = None if bounds is None else bounds[i].detach()
+        functions = INSTANCES[type(mixer)](mixer, bound)
+        found.append(
+            System(name, mixer, functions, unified(mixer, bound), mixer.out_proj.out_features)
         )
-        for i, mixer in enumerate(mixers)
-    ]
+    return found
 
 
 def registered(size: str = "tiny", names: list[str] | None = None) -> list[System]:

@@ -75,9 +75,10 @@ def as_markdown() -> str:
         H, K, V, is_complex = widths(system)
         count = parameters(system)
         share = (sum(count.values()) - count["conv"]) / system.dim**2
-        formulas = [f"`{text}`" for text in system.formulas[:5]]
+        formulas = system.functions.formulas
+        cells = [f"`{text}`" for text in formulas[:5]]
         rows.append([
-            system.name, *formulas, system.formulas[5], str(H),
+            system.name, *cells, formulas[5], str(H),
             f"{K} complex" if is_complex else str(K), str(V), f"{state_floats(system):,}",
             f"{share:.2f}", *("yes" if own else "no" for own in classes(system)),
         ])  # fmt: skip
