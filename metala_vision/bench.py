@@ -1,4 +1,4 @@
-"""`metala-vision bench`: how fast loader, training step and evaluation are, each alone."""
+"""`metala-vision bench`: how fast loader, training step and evaluation are, alone and together."""
 
 import time
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from .build import collect, join
 from .config import Config
@@ -19,7 +20,12 @@ PREFETCHED = 2  # of each worker, which may be there already
 
 @dataclass
 class Speed:
-    """Images a second, of one process; `memory_mib` is the most that training took."""
+    """Images a second, of one process.
+
+    run: loader and step together, as a run has them. gpu_busy: percent of the last second of it in
+    which the GPU computed; None without one, and where nvidia-ml-py is not installed.
+    memory_mib: the most that training took.
+    """
 
     model: str
     parameters: int
@@ -27,7 +33,9 @@ class Speed:
     device: str
     loader: float
     step: float
+    run: float
     evaluation: float
+    gpu_busy: float | None
     memory_mib: float
     seconds: float
     """That each part was measured."""
@@ -56,7 +64,7 @@ def bench(config: Config, seconds: float = 10.0) -> Speed:
 
     The loader gives batches that nobody takes; a training step is mixing, forward, loss, backward,
     clipping, optimizer and average of weights on one batch that is there already, an evaluation the
-    forward pass on it. A run is at most as fast as the slower of loader and step.
+    forward pass on it. In a run the loader's batches are trained on.
 
     Raises:
         UserError: as in training; for several processes.
@@ -67,29 +75,21 @@ def bench(config: Config, seconds: float = 10.0) -> Speed:
     built = collect(config, accelerator)
     join(built)
     run, loaders = built.training, built.loaders
-    try:
-        epoch, draws = 0, iter(loaders.train)
-
-        def load() -> int:
-            nonlocal epoch, draws
-            try:
-                _, target, _ = next(draws)
-            except StopIteration:
-                epoch += 1
-                loaders.batches.set_epoch(epoch)
-                draws = iter(loaders.train)
-                _, target, _ = next(draws)
-            return len(target)
-
-        warm_up = WARM_UP + PREFETCHED * config.data.workers
-        loader = images_per_second(load, seconds, lambda: None, warm_up)
-        loaders.batches.set_epoch(0)
-        batch, target, _ = next(iter(loaders.train))
-    finally:
-        loaders.close()
     wait = torch.cuda.synchronize if accelerator.device.type == "cuda" else lambda: None
+    epoch, draws = 0, iter(loaders.train)
 
-    def step() -> int:
+    def load() -> tuple[Tensor, Tensor]:
+        nonlocal epoch, draws
+        try:
+            batch, target, _ = next(draws)
+        except StopIteration:
+            epoch += 1
+            loaders.batches.set_epoch(epoch)
+            draws = iter(loaders.train)
+            batch, target, _ = next(draws)
+        return batch, target
+
+    def step(batch: Tensor, target: Tensor) -> int:
         run.model.train()
         run.scheduler.step_update(run.step)
         run.optimizer.zero_grad()
@@ -99,32 +99,50 @@ def bench(config: Config, seconds: float = 10.0) -> Speed:
         return len(target)
 
     @torch.no_grad()
-    def forward() -> int:
+    def forward(batch: Tensor, target: Tensor) -> int:
         built.evaluated.eval()
         built.evaluated(batch.to(accelerator.device))
         return len(target)
 
     try:
-        trained = images_per_second(step, seconds, wait)
+        # Images that are kept on the device are made ready there: that is waited for.
+        warm_up = WARM_UP + PREFETCHED * config.data.workers
+        loader = images_per_second(lambda: len(load()[1]), seconds, wait, warm_up)
+        one = load()
+        trained = images_per_second(lambda: step(*one), seconds, wait)
         memory = memory_mib(accelerator.device)
-        evaluated = images_per_second(forward, seconds, wait)
+        together = images_per_second(lambda: step(*load()), seconds, lambda: None, warm_up)
+        busy = gpu_busy(accelerator.device)
+        evaluated = images_per_second(lambda: forward(*one), seconds, wait)
     except torch.OutOfMemoryError as error:
         raise out_of_memory(config.data.batch_size) from error
+    finally:
+        loaders.close()
     return Speed(
-        config.model.model, built.parameters, len(target), str(accelerator.device), loader, trained,
-        evaluated, memory, seconds,
+        config.model.model, built.parameters, len(one[1]), str(accelerator.device), loader, trained,
+        together, evaluated, busy, memory, seconds,
     )  # fmt: skip
 
 
+def gpu_busy(device: torch.device) -> float | None:
+    """Percent of the last second in which a kernel ran there, as the driver counts."""
+    if device.type != "cuda":
+        return None
+    try:
+        return float(torch.cuda.utilization(device))
+    except (ModuleNotFoundError, RuntimeError):  # without nvidia-ml-py
+        return None
+
+
 def as_lines(speed: Speed) -> str:
-    """For people; the last line is what a run would reach."""
+    """For people; the last line is what a run reaches."""
     bound = "the loader" if speed.loader < speed.step else "the model"
-    reached = min(speed.loader, speed.step)
+    busy = "" if speed.gpu_busy is None else f", GPU busy {speed.gpu_busy:.0f} % of the time"
     return "\n".join([
         f"{speed.model}: {speed.parameters:,} parameters, batches of {speed.batch_size}, "
         f"{speed.device}",
         f"loader      {speed.loader:.1f} images a second",
         f"step        {speed.step:.1f} images a second, {speed.memory_mib:.0f} MiB",
         f"evaluation  {speed.evaluation:.1f} images a second",
-        f"a run: at most {reached:.1f} images a second, bound by {bound}",
+        f"a run: {speed.run:.1f} images a second, bound by {bound}{busy}",
     ])  # fmt: skip

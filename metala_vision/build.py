@@ -161,7 +161,9 @@ def collect(config: Config, accelerator: Accelerator) -> Built:
     if weights and resumed is None:
         check_whole(model, config.model, weights)
         origin = fit_head(model, split.train.classes, num_classes)
-    loaders = create_loaders(config.data, config.model, model, split, config.run.seed, rank, world)
+    loaders = create_loaders(
+        config.data, config.model, model, split, config.run.seed, rank, world, accelerator.device
+    )
     own_images = len(loaders.batches.own(0))
     accum = config.optim.grad_accum_steps
     mixing = create_mixing(config.data, config.optim, num_classes, config.run.seed, own_images)

@@ -228,10 +228,15 @@ def compare_command(argv: list[str], prog: str) -> int:
         help="train a run on each of them at a time, as 0,1,2; of those "
         "that CUDA_VISIBLE_DEVICES names, where it is set",
     )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time on each GPU, or on the CPU [1]"
+    )
     given = parser.parse_args(argv)
     if not 0 <= given.seconds < float("inf"):
         raise UserError(f"--seconds needs a number of 0 or more, got {given.seconds}")
-    devices = _devices(given.gpus)
+    if given.jobs < 1:
+        raise UserError(f"--jobs needs 1 or more, got {given.jobs}")
+    devices = _devices(given.gpus) * given.jobs
     from .compare import as_markdown, compare, load_comparison
     from .compare.report import REPORT_FILE
 

@@ -6,14 +6,11 @@ an unknown key is an error that names the nearest.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
-    Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -22,46 +19,20 @@ from pydantic import (
 )
 from typing_extensions import Self
 
-
-def _range(pair: tuple[float, float]) -> tuple[float, float]:
-    if not 0 < pair[0] <= pair[1]:
-        raise ValueError("a range needs 0 < low <= high")
-    return pair
-
-
-def _places(pair: tuple[int, int]) -> tuple[int, int]:
-    if not 0 <= pair[0] < pair[1] - 1:
-        raise ValueError("a range of at least two classes needs 0 <= low < high - 1")
-    return pair
-
-
-def _channels(number: int) -> int:
-    if number not in (1, 3):
-        raise ValueError("1 (grey) and 3 (colour) are accepted")
-    return number
-
-
-def _dataset(name: str) -> str:
-    if name not in DATASETS and not name.startswith("hfds/"):
-        raise ValueError(f"{', '.join(DATASETS)} and hfds/NAME are accepted")
-    return name
-
-
-def _sides(pair: tuple[float, float]) -> tuple[float, float]:
-    if not 0 < pair[0] < pair[1] <= 1:
-        raise ValueError("a range of sides needs 0 < low < high <= 1")
-    return pair
-
-
-def _weights(values: Any) -> Any:
-    """The command line's list of a single word is that word."""
-    if values is None or values in ("balanced", ["balanced"]):
-        return None if values is None else "balanced"
-    try:
-        return tuple(float(value) for value in values)
-    except (TypeError, ValueError) as error:
-        raise ValueError("balanced, or a number for each class, is accepted") from error
-
+from .config_values import (
+    Channels,
+    ClassWeights,
+    CropShare,
+    DatasetName,
+    Places,
+    Probability,
+    Range,
+    Rate,
+    Seed,
+    Share,
+    Sides,
+    UserPath,
+)
 
 # Of timm.create_model, arguments that are not the model's: what is loaded, and from where.
 LOADING = (
@@ -69,22 +40,6 @@ LOADING = (
     "checkpoint_path", "cache_dir", "scriptable", "exportable", "no_jit", "features_only",
     "out_indices", "device", "dtype",
 )  # fmt: skip
-DATASETS = (
-    "folder", "tar", "wds", "hfds", "digits", "cifar10", "cifar100", "flowers102", "oxford_pets",
-)  # fmt: skip
-DatasetName = Annotated[str, AfterValidator(_dataset)]
-Channels = Annotated[int, AfterValidator(_channels)]
-UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
-Range = Annotated[tuple[float, float], AfterValidator(_range)]
-Places = Annotated[tuple[int, int], AfterValidator(_places)]
-Sides = Annotated[tuple[float, float], AfterValidator(_sides)]
-Weights = Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
-ClassWeights = Annotated[Literal["balanced"] | Weights | None, BeforeValidator(_weights)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Rate = Annotated[float, Field(ge=0, lt=1)]
-Share = Annotated[float, Field(gt=0, lt=1)]
-CropShare = Annotated[float, Field(gt=0, le=1)]
 
 
 class Section(BaseModel):
@@ -192,6 +147,7 @@ class DataConfig(Section):
         "mixup_switch_prob": ("mixup", "cutmix", "cutmix_minmax"),
         "mixup_mode": ("mixup", "cutmix", "cutmix_minmax"),
         "mixup_off_epoch": ("mixup", "cutmix", "cutmix_minmax"),
+        "on_device_size": ("on_device",),
     }
 
     dataset: DatasetName = "folder"
@@ -222,6 +178,12 @@ class DataConfig(Section):
     """Images of a batch on one process."""
     workers: NonNegativeInt = 4
     """Processes that decode images; 0 decodes in the training process."""
+    on_device: bool = False
+    """Decode all images once, keep them in the memory of the device, and crop, mirror, colour and
+    erase them there; for data sets of small images. Takes no auto_augment."""
+    on_device_size: PositiveInt | None = None
+    """Side of the square that each training image is resized and cut to before it is kept; null
+    keeps them as they are, which must be all of one size."""
     scale: Range = (0.08, 1.0)
     """Area range of the random resized crop."""
     ratio: Range = (0.75, 4 / 3)
@@ -267,6 +229,15 @@ class DataConfig(Section):
             raise ValueError(
                 f"color_jitter={self.color_jitter} has no effect beside "
                 f"auto_augment={self.auto_augment}, which timm takes instead; 3a takes both"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _augmentation_is_on_the_device(self) -> Self:
+        if self.on_device and self.auto_augment:
+            raise ValueError(
+                f"on_device takes no auto_augment={self.auto_augment}; crop, hflip, color_jitter, "
+                "reprob, mixup and cutmix are accepted"
             )
         return self
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .config import DataConfig, ModelConfig
 from .errors import OwnError, UnreadableImage, UserError, one_line
+from .on_device import create_batches
 from .processes import SIGNALS
 from .sampling import (
     AUGMENTATION,
@@ -20,6 +21,7 @@ from .sampling import (
     EpochBatches,
     EvaluationOrder,
     Key,
+    Loader,
     seeded,
     stream,
 )
@@ -157,9 +159,9 @@ class Loaders:
     preprocessing: of the evaluation, in timm's words; saved with the weights.
     """
 
-    train: DataLoader
+    train: Loader
     batches: EpochBatches
-    val: DataLoader
+    val: Loader
     preprocessing: dict[str, Any]
 
     def close(self) -> None:
@@ -210,16 +212,62 @@ def create_loaders(
     seed: int,
     rank: int = 0,
     world: int = 1,
+    device: torch.device | None = None,
 ) -> Loaders:
     """Transforms and loaders for the model's input size and normalisation.
 
     Args:
         rank, world: this process and the number of processes.
+        device: where images are kept with config.on_device; None is the CPU.
     """
     if len(split.train_indices) < world:
         raise UserError(f"{len(split.train_indices)} training images for {world} processes")
     mode = "RGB" if model_config.in_chans == 3 else "L"
     inputs = preprocessing_of(config, model_config, model)
+    batches = EpochBatches(
+        len(split.train_indices), config.batch_size, seed, config.aug_repeats, rank, world
+    )
+    order = EvaluationOrder(len(split.val_indices), rank, world)
+    if config.on_device:
+        on_device = device or torch.device("cpu")
+        train, val = create_batches(
+            config, inputs, mode, split, seed, batches, order, on_device, show=rank == 0
+        )
+        return Loaders(train, batches, val, inputs)
+    train_transform, val_transform = create_transforms(config, inputs)
+    common = {
+        "num_workers": config.workers,
+        "pin_memory": torch.cuda.is_available(),
+        "persistent_workers": config.workers > 0,
+        "worker_init_fn": outlive_signals,
+    }
+    # A generator of its own: to start an iterator would draw from the global one.
+    train = DataLoader(
+        TrainingData(
+            split.train, split.train_indices, mode, train_transform, inputs["input_size"], seed=seed
+        ),
+        batch_sampler=batches,
+        generator=torch.Generator().manual_seed(seed),
+        **common,
+    )
+    val = DataLoader(
+        ImageData(split.val, split.val_indices, mode, val_transform, inputs["input_size"]),
+        batch_size=config.batch_size,
+        sampler=order,
+        generator=torch.Generator().manual_seed(seed),
+        **common,
+    )
+    return Loaders(train, batches, val, inputs)
+
+
+def create_transforms(config: DataConfig, inputs: dict[str, Any]) -> tuple[Any, Any]:
+    """Of training and of evaluation, from an image to a normalised [C, height, width].
+
+    Args:
+        inputs: see preprocessing_of.
+    Raises:
+        UserError: for a policy that timm does not know.
+    """
     input_size, mean, std = inputs["input_size"], inputs["mean"], inputs["std"]
     try:
         train_transform: Any = create_transform(
@@ -249,27 +297,4 @@ def create_loaders(
         mean=mean,
         std=std,
     )
-    common = {
-        "num_workers": config.workers,
-        "pin_memory": torch.cuda.is_available(),
-        "persistent_workers": config.workers > 0,
-        "worker_init_fn": outlive_signals,
-    }
-    train_data = TrainingData(
-        split.train, split.train_indices, mode, train_transform, input_size, seed=seed
-    )
-    batches = EpochBatches(
-        len(train_data), config.batch_size, seed, config.aug_repeats, rank, world
-    )
-    # A generator of its own: to start an iterator would draw from the global one.
-    train = DataLoader(
-        train_data, batch_sampler=batches, generator=torch.Generator().manual_seed(seed), **common
-    )
-    val = DataLoader(
-        ImageData(split.val, split.val_indices, mode, val_transform, input_size),
-        batch_size=config.batch_size,
-        sampler=EvaluationOrder(len(split.val_indices), rank, world),
-        generator=torch.Generator().manual_seed(seed),
-        **common,
-    )
-    return Loaders(train, batches, val, inputs)
+    return train_transform, val_transform

@@ -15,11 +15,11 @@ from accelerate import Accelerator
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from .errors import UserError
 from .processes import gathered, largest
 from .recipe import Mixing, Teacher
+from .sampling import Loader
 
 
 @dataclass
@@ -177,7 +177,7 @@ def steps_of(batches: int, grad_accum_steps: int) -> int:
     return math.ceil(batches / grad_accum_steps)
 
 
-def train_epoch(run: Training, loader: DataLoader, hooks: Hooks | None = None) -> None:
+def train_epoch(run: Training, loader: Loader, hooks: Hooks | None = None) -> None:
     """Train from `run.place` until the epoch or `run.last_step` ends.
 
     The loss of a step is the mean over its batches, also of the fewer that the last one may have.
@@ -284,7 +284,7 @@ def all_finite(model: nn.Module, accelerator: Accelerator) -> bool:
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    loader: DataLoader,
+    loader: Loader,
     accelerator: Accelerator,
     on_unreadable: Callable[[list[int]], object] = _ignore,
 ) -> Evaluation:
@@ -311,7 +311,7 @@ def evaluate(
     every = gathered(accelerator, [(sums.tolist(), unreadable)])
     top1, top5, loss_sum, images = (math.fsum(own[i] for own, _ in every) for i in range(4))
     positions = sorted(position for _, own in every for position in own)
-    size = len(loader.dataset)  # pyright: ignore[reportArgumentType]
+    size = len(loader.dataset)
     positions = [position for position in positions if position < size]
     on_unreadable(positions)
     if not images:

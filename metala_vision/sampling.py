@@ -7,14 +7,14 @@ draws a sample, it gets the same pixels.
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import Sampler, get_worker_info
 
 # What a stream of random numbers is for: no two share one.
-ORDER, AUGMENTATION, MIXING, REPLACEMENT, PROCESS = range(5)
+ORDER, AUGMENTATION, MIXING, REPLACEMENT, PROCESS, NOISE = range(6)
 
 
 class Key(NamedTuple):
@@ -23,6 +23,17 @@ class Key(NamedTuple):
     epoch: int
     place: int
     index: int  # of the dataset
+
+
+class Loader(Protocol):
+    """What an epoch draws its batches from."""
+
+    @property
+    def dataset(self) -> Any: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def __len__(self) -> int: ...
 
 
 def stream(seed: int, purpose: int, *where: int) -> np.random.SeedSequence:

@@ -8,8 +8,9 @@ from pydantic import Field, PositiveInt, ValidationError, field_validator
 from torch import nn
 
 from metala_vision.build import create_model
-from metala_vision.config import SECTIONS, Config, Section, Seed
+from metala_vision.config import SECTIONS, Config, Section
 from metala_vision.config_file import find_config, load_config, shipped_comparisons
+from metala_vision.config_values import Seed
 from metala_vision.data import preprocessing_of
 from metala_vision.errors import UserError, nearest, one_line
 

@@ -13,7 +13,8 @@ from torchvision import datasets
 from metala_vision.build import create_model
 from metala_vision.catalogue import CATALOGUE
 from metala_vision.cli import main
-from metala_vision.config import DATASETS, DataConfig, ModelConfig
+from metala_vision.config import DataConfig, ModelConfig
+from metala_vision.config_values import DATASETS
 from metala_vision.data import create_loaders
 from metala_vision.errors import UnreadableImage, UserError
 from metala_vision.sources import convert

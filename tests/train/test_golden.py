@@ -1,7 +1,7 @@
 """The loss of twenty steps of every shipped configuration, on the digits, as it was.
 
 A change of the recipe, of a model's start or of the order of the samples shows here; where it is
-wanted, `python -m tests.train.test_golden` writes the table anew. Batch, size and workers are
+wanted, `python -m tests.train.test_golden` writes the table anew. Batch, size, workers and compilation are
 overridden, nothing else.
 """
 
@@ -32,7 +32,7 @@ def losses(name, folder) -> list[float]:
         config.model.patch_size = 8
     config.optim.max_steps, config.optim.lr = 20, 1e-3
     config.run.run_dir, config.run.log_interval = folder, 10
-    config.run.mixed_precision = "no"
+    config.run.mixed_precision, config.model.torchcompile = "no", "no"
     train(config)
     lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
     return [x["loss"] for x in lines if x["event"] == "train"]

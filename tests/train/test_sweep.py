@@ -8,6 +8,7 @@ import time
 from functools import partial
 
 import pytest
+import torch
 
 from metala_vision.cli import main
 from metala_vision.compare.sweep import Sweep
@@ -171,8 +172,6 @@ def test_a_sweep_that_is_killed_and_begun_again_ends_the_same(number, whole, tmp
 
 
 def test_gpus_that_are_not_there_are_refused(digit_tree, tmp_path, capsys, monkeypatch):
-    import torch
-
     file = comparison(tmp_path, digit_tree)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for gpus, line in (
@@ -184,3 +183,22 @@ def test_gpus_that_are_not_there_are_refused(digit_tree, tmp_path, capsys, monke
         assert main(["compare", str(file), "--gpus", gpus]) == 2
         error = capsys.readouterr().err
         assert line in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"), [([], [None]), (["--jobs", "2"], [None] * 2),
+                            (["--jobs", "2", "--gpus", "0,1"], ["0", "1", "0", "1"])],
+)  # fmt: skip
+def test_several_runs_at_a_time_on_each_device(
+    flags, expected, digit_tree, tmp_path, monkeypatch, capsys
+):
+    def stop(comparison, output, seconds, devices, title):
+        raise UserError(f"on {devices}")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("metala_vision.compare.compare", stop)
+    assert main(["compare", str(comparison(tmp_path, digit_tree)), *flags]) == 2
+    assert capsys.readouterr().err == f"metala-vision: error: on {expected}\n"
+    assert main(["compare", "compare/quickstart", "--jobs", "0"]) == 2
+    assert capsys.readouterr().err == "metala-vision: error: --jobs needs 1 or more, got 0\n"
