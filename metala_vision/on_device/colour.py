@@ -10,8 +10,8 @@ def grey(x: Tensor) -> Tensor:
     """[B, C, S, S] -> [B, 1, S, S], rounded; one channel is grey already."""
     if x.shape[1] == 1:
         return x
-    weights = torch.tensor(GREY, device=x.device, dtype=x.dtype)
-    return (torch.einsum("bchw,c->bhw", x, weights) + 0.5).floor()[:, None]
+    red, green, blue = (x[:, i : i + 1] * share for i, share in enumerate(GREY))
+    return (red + green + blue + 0.5).floor()
 
 
 def jitter(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:

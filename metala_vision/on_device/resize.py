@@ -6,7 +6,8 @@ matrix for each image; only the matrices know of rectangle, filter and mirroring
     x[b] -> round(A[b] round(x[b] B[b]^T))      A [B, S, height], B [B, S, width]
 
 Weights, order of the passes and rounding are Pillow's (antialiased, crop first), so the result is
-Pillow's to the last bit but for ties.
+Pillow's to the last bit but for ties. From Pillow 13 on that holds where both sides grow or both
+shrink: others it may shrink first.
 """
 
 import torch

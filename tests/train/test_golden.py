@@ -1,8 +1,8 @@
 """The loss of twenty steps of every shipped configuration, on the digits, as it was.
 
 A change of the recipe, of a model's start or of the order of the samples shows here; where it is
-wanted, `python -m tests.train.test_golden` writes the table anew. Batch, size, workers and compilation are
-overridden, nothing else.
+wanted, `python -m tests.train.test_golden` writes the table anew. Batch, size, workers and
+compilation are overridden, nothing else.
 """
 
 import json

@@ -283,6 +283,8 @@ def test_every_key_is_tried_by_these_tests():
     tried |= {"--val-split", "--input-key", "--target-key", "--class-range", "--val-file"}
     # In test_resume.py and test_faults.py:
     tried |= {"--resume", "--checkpoint-minutes", "--checkpoint-hist", "--max-skipped"}
+    # In test_on_device.py:
+    tried |= {"--on-device", "--on-device-size"}
     # In test_transfer.py:
     tried |= {"--pretrained", "--pretrained-path", "--freeze-layers", "--linear-probe"}
     tried |= {"--lora-rank", "--lora-alpha", "--lora-target", "--class-weights", "--patience"}
