@@ -42,6 +42,7 @@ from tests.kernels._cases import (
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.filterwarnings("default"),  # of torch.compile, and of devices not yet seen
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -21,12 +21,16 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def launch(flags, processes=1, nodes=(), script="train_imagenet.py", **kwargs) -> subprocess.Popen:
+def launch(
+    flags, processes=1, nodes=(), script="train_imagenet.py", gpu=False, **kwargs
+) -> subprocess.Popen:
     """train_imagenet.py, under torchrun for several processes; in a process group of its own.
 
-    nodes: torchrun's flags of one of several agents.
+    nodes: torchrun's flags of one of several agents. gpu: leave it the GPUs.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if not gpu:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     environment["PYTHONPATH"] = str(ROOT)  # for a script that lies elsewhere
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
