@@ -10,7 +10,8 @@ kernels, scans, models, step, block   the benchmarks of these names
 
 A stage that fails or is stopped does not keep the others from running. All that is made lies in
 DIR: JSON, a log for each stage (STAGE.txt), pictures, and summary.txt, which is printed last. A
-second call with the same DIR goes on with what is missing. Without a GPU the tests are skipped,
+second call with the same DIR goes on with what is missing. Where the checkout is without git,
+METALA_VISION_COMMIT names the commit. Without a GPU the tests are skipped,
 each by its own mark, and the benchmarks run at their small sizes, to show that it works.
 """
 
@@ -30,7 +31,7 @@ from metala_vision.errors import UserError
 from metala_vision.files import write_text
 
 # Stages and their shares; the tests are most of what has to be known.
-SHARES = {"tests": 34, "sanitizer": 10, "kernels": 13, "models": 28, "step": 8, "scans": 4,
+SHARES = {"tests": 30, "sanitizer": 14, "kernels": 13, "models": 28, "step": 8, "scans": 4,
           "block": 3}  # fmt: skip
 LARGE = ("test_the_error_rule", "test_every_mode", "test_the_gated_norm",
          "test_the_linear_recurrence", "test_the_selective_scan")  # fmt: skip
@@ -93,11 +94,12 @@ def tests(session: Session, seconds: float, parts: dict[str, str]) -> str:
     done = {row["part"] for row in result["rows"] if row["status"] in (OK, FAILURES)}
     waiting = [part for part in parts if part not in done]
     for i, part in enumerate(waiting):
-        share = budget.left() / (len(waiting) - i)
+        # A minute at least: every part first imports and collects, in every process.
+        share = min(budget.left(), max(60.0, budget.left() / (len(waiting) - i)))
         if share < 1:
             break
         log = session.out / f"tests_{part}.txt"
-        log.unlink(missing_ok=True)
+        before = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
         # Warnings of another machine's versions are no failures of ours.
         line = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-W", "default", "-p",
                 "no:cacheprovider", "--maxfail", "40", "tests/kernels/test_gpu.py", "-k",
@@ -105,13 +107,22 @@ def tests(session: Session, seconds: float, parts: dict[str, str]) -> str:
         # Two tests of the sanitizer, in turn: each takes the GPU for itself.
         if session.workers > 1 and part != "sanitizer" and importlib.util.find_spec("xdist"):
             line += ["-n", str(session.workers), "--dist", "worksteal"]
+        # Of a part that was stopped, what has passed is not run again.
+        passed = [
+            name for name, state in outcomes(before).items() if state in ("PASSED", "SKIPPED")
+        ]
+        if passed:
+            chosen = session.out / f"tests_{part}.args"
+            write_text(chosen, "".join(f"--deselect={name}\n" for name in passed))
+            line += [f"@{chosen}"]
         status = limited(line, share, log)
         text = log.read_text(encoding="utf-8", errors="replace")
         put(result, test_row(part, status, text), ("part",))
         save(path, result)
     states = {row["part"]: row["status"] for row in result["rows"]}
     told = [states.get(part, STOPPED) for part in parts]
-    return next((state for state in told if state not in (OK, FAILURES)), max(told, key=len))
+    whole = FAILURES if FAILURES in told else OK
+    return next((state for state in told if state not in (OK, FAILURES)), whole)
 
 
 def benchmark(session: Session, seconds: float, name: str) -> str:
@@ -153,8 +164,9 @@ STAGES: dict[str, Callable[[Session, float], str]] = {
 
 
 def allotted(stage: str, waiting: list[str], left: float) -> float:
-    """Seconds of a stage: its share among those that wait, of what is left."""
-    return left * SHARES[stage] / sum(SHARES[name] for name in waiting)
+    """Seconds of a stage: its share among those that wait, of what is left, and 45 at least."""
+    share = left * SHARES[stage] / sum(SHARES[name] for name in waiting)
+    return min(left, max(45.0, share))
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -199,11 +211,12 @@ def summary(out: Path, result: dict) -> str:
                          f"{row['skipped']} skipped, {row['status']}")  # fmt: skip
             for failure in row["failures"][:8]:
                 lines.append(f"  {failure['test'].split('::')[-1]}: {failure['why'][:120]}")
-    for name, most in (("report", 3500), ("kernels", 2200), ("step", 2500)):
+    for name, most in (("report", 0), ("models", 4000), ("kernels", 2000), ("step", 2200)):
         log = out / f"{name}.txt"
         if log.exists():
             text = log.read_text(encoding="utf-8", errors="replace").strip()
-            lines += ["", f"{name}:", text[-most:]]
+            # Of the report the goals, its first table.
+            lines += ["", f"{name}:", text[-most:] if most else text.partition("\n\n")[0]]
     return "\n".join(lines) + "\n"
 
 

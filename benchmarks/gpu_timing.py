@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import tempfile
@@ -119,11 +120,12 @@ def versions() -> dict[str, str]:
 
 def commit() -> str:
     """By git, or METALA_VISION_COMMIT where the sources lie without it."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True, text=True, check=False, cwd=ROOT,
-    )  # fmt: skip
-    return os.environ.get("METALA_VISION_COMMIT") or done.stdout.strip() or "unknown"
+    found = os.environ.get("METALA_VISION_COMMIT", "")
+    if not found and shutil.which("git"):
+        line = ["git", "describe", "--always", "--dirty"]
+        done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=ROOT)
+        found = done.stdout.strip()
+    return found or "unknown"
 
 
 def sources() -> str:

@@ -2,12 +2,16 @@
 
 from pathlib import Path
 
+import matplotlib
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from results import OK
 
-FORMS = ("ours", "chunked", "chunk_gla", "sdpa")
-COLORS = ("#0072b2", "#56b4e9", "#009e73", "#d55e00", "#cc79a7", "#e69f00", "#999999", "#000000",
-          "#f0e442", "#882255", "#44aa99", "#aa4499", "#661100", "#6699cc", "#888888")  # fmt: skip
+FORMS = ("ours", "chunk_gla", "sdpa", "chunked")
+OURS, DEIT = "#0072b2", "#d55e00"
+COLORS = (OURS, "#009e73", DEIT, "#56b4e9")
+OTHERS = ("#56b4e9", "#009e73", "#cc79a7", "#e69f00", "#999999", "#000000", "#b8a800", "#882255",
+          "#44aa99", "#aa4499", "#661100", "#6699cc")  # fmt: skip
 NAMES = {"deit_tiny_patch16_224": "DeiT-tiny", "deit_small_patch16_224": "DeiT-small"}
 
 
@@ -16,7 +20,7 @@ def kernels(result: dict, path: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axis, backward in zip(figure.subplots(1, 2, sharey=True), (False, True), strict=True):
         lengths = set()
-        for form, color in zip(FORMS, COLORS, strict=False):
+        for form, color in zip(FORMS, COLORS, strict=True):
             chosen = sorted(
                 (r["N"], 1e6 * r["ms"] / (r["N"] * r["B"] * r["H"]))
                 for r in result["rows"]
@@ -31,7 +35,10 @@ def kernels(result: dict, path: Path) -> None:
         axis.set_title("forward and backward" if backward else "forward")
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel("nanoseconds per token and head")
-    figure.axes[0].legend(frameon=False)
+    for axis in figure.axes:  # either may be empty
+        if axis.lines:
+            axis.legend(frameon=False)
+            break
     figure.suptitle(f"{result['device']}, {result['dtype']}, K 32, V 64")
     _save(figure, path)
 
@@ -41,7 +48,8 @@ def models(result: dict, path: Path) -> None:
     rows = [row for row in result["rows"] if row.get("status", OK) == OK]
     ways = {row["compiled"] for row in rows}
     rows = [row for row in rows if row["compiled"] == (True in ways)]
-    names = sorted({row["model"] for row in rows}, key=lambda n: ("metala" not in n, n))
+    names = sorted({row["model"] for row in rows}, key=lambda n: (_place(n), n))
+    others = [name for name in names if _place(name) == 2]
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     panels = (
         ("training step", "images_s", "images a second"),
@@ -50,17 +58,18 @@ def models(result: dict, path: Path) -> None:
     )
     for axis, (what, key, label) in zip(figure.subplots(1, 3), panels, strict=True):
         sizes = set()
-        for i, name in enumerate(names):
+        for name in names:
             chosen = sorted(
                 (r["size"], r[key] / (r["batch"] if key == "peak_mib" else 1))
                 for r in rows
                 if r["model"] == name and r["what"] == what and r.get(key)
             )
             if chosen:
-                main = "metala" in name or "deit" in name
-                style = {"lw": 2.0, "ms": 5} if main else {"lw": 1.0, "ms": 3, "alpha": 0.8}
+                main = _place(name) < 2
+                color = (OURS, DEIT, "")[_place(name)]
+                color = color or OTHERS[others.index(name) % len(OTHERS)]
+                style = {"lw": 2.0, "ms": 5, "zorder": 3} if main else {"lw": 1.0, "ms": 3}
                 line = "o--" if "small" in name else "o-"
-                color = COLORS[i % len(COLORS)]
                 axis.plot(*zip(*chosen, strict=True), line, color=color, label=name, **style)
                 sizes |= {size for size, _ in chosen}
         axis.set(xscale="log", yscale="log", xlabel="pixels a side", ylabel=label, title=what)
@@ -71,7 +80,8 @@ def models(result: dict, path: Path) -> None:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     named = [NAMES.get(label, label) for label in labels]
     if handles:
-        figure.legend(handles, named, loc="outside right center", frameon=False, fontsize=8)
+        figure.legend(handles, named, loc="outside right center", frameon=False, fontsize=8,
+                      handlelength=3.5)  # fmt: skip
     way = "compiled" if True in ways else "eager"
     figure.suptitle(f"{result['device']}, {result['dtype']}, {way}, torch "
                     f"{result['versions']['torch']}")  # fmt: skip
@@ -84,18 +94,19 @@ def step(result: dict, path: Path) -> None:
     names: list[str] = []
     for row in bars:
         names += [name for name in row["parts"] if name not in names]
-    figure = Figure(figsize=(11, 1.3 + 0.55 * len(bars) + 0.16 * len(names)), layout="constrained")
+    figure = Figure(figsize=(11, 1.6 + 0.5 * len(bars) + 0.06 * len(names)), layout="constrained")
     axis = figure.subplots()
-    colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
+    palette = matplotlib.colormaps["tab20"].colors
+    colors = {name: palette[i % len(palette)] for i, name in enumerate(names)}
+    whole = max((sum(bar["parts"].values()) + bar["idle"] for bar in bars), default=0.0)
     for i, row in enumerate(bars):
         left = 0.0
-        whole = max(sum(bar["parts"].values()) + bar["idle"] for bar in bars)
         for name in names:
             ms = row["parts"].get(name, 0.0)
             axis.barh(i, ms, left=left, color=colors[name], edgecolor="white", lw=0.5)
             if ms > 0.045 * whole:
                 text = f"{ms:.1f}" if ms >= 1 else f"{ms:.2f}"
-                dark = colors[name] in ("#0072b2", "#000000", "#882255", "#661100", "#aa4499")
+                dark = sum(to_rgb(colors[name])) < 1.3
                 axis.text(left + ms / 2, i, text, ha="center", va="center", fontsize=8,
                           color="white" if dark else "black")  # fmt: skip
             left += ms
@@ -111,6 +122,11 @@ def step(result: dict, path: Path) -> None:
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     _save(figure, path)
+
+
+def _place(name: str) -> int:
+    """Ours first, then DeiT, then the others."""
+    return 0 if name.startswith("metala") else 1 if name.startswith("deit") else 2
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -176,7 +176,8 @@ def _model_cells(mine: dict, rows: list[dict], deit: str, compiled: bool) -> lis
             beside = one(rows, model=deit, size=size, compiled=compiled, what=what)
             to_deit = ratio(row.get("images_s"), beside.get("images_s"))
             cell = _value(row, "images_s", 0)
-            cells.append(cell if to_deit is None else f"{cell} ({to_deit:.2f})")
+            good = to_deit is not None and row["status"] == OK
+            cells.append(f"{cell} ({to_deit:.2f})" if good else cell)
     for size in (224, 1024):
         row = mine.get((TRAINING, size), {})
         batch = f" (batch {row['batch']})" if row.get("peak_mib") else ""

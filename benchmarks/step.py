@@ -189,10 +189,10 @@ def operations(events: list[dict]) -> list[tuple[str, float, Any, float]]:
     return found
 
 
-def attribute(
-    events: list[dict], work: list[tuple[str, float, Any, float]], by_kind: bool
-) -> dict[str, dict[str, float]]:
-    """Milliseconds of a trace: {phase: {part or kind: ms}}; work outside of phases is left out.
+def placed(
+    events: list[dict], work: list[tuple[str, float, Any, float]]
+) -> Iterator[tuple[str, str, str, float]]:
+    """Phase, part, name and milliseconds of each piece of work; what is in no phase is left out.
 
     The backward pass may run in another thread than the phase that waits for it.
     """
@@ -201,19 +201,24 @@ def attribute(
     for event in _ranges(events, PART):
         threads[event["tid"]].append(event)
     part_of = {thread: _innermost(ranges) for thread, ranges in threads.items()}
-    found: dict[str, dict[str, float]] = {phase: defaultdict(float) for phase in PHASES}
+    # Of a launch in a thread that the profiler has another number for: one of them works at a time.
+    anywhere = _innermost(_ranges(events, PART))
     for name, ms, thread, ts in work:
         phase = (phase_of(ts) or PHASE).removeprefix(PHASE)
-        if not phase:
-            continue
-        if by_kind:
-            part = kind(name)
-        elif phase == "optimizer":
-            part = "optimizer"
-        else:
-            range_name = part_of[thread](ts) if thread in part_of else None
-            part = (range_name or PART + ELSE).removeprefix(PART)
-        found[phase][part] += ms
+        part = part_of.get(thread, anywhere)(ts)
+        if phase == "optimizer":
+            yield phase, "optimizer", name, ms
+        elif phase:
+            yield phase, (part or PART + ELSE).removeprefix(PART), name, ms
+
+
+def attribute(
+    events: list[dict], work: list[tuple[str, float, Any, float]], by_kind: bool
+) -> dict[str, dict[str, float]]:
+    """Milliseconds of a trace: {phase: {part or kind: ms}}."""
+    found: dict[str, dict[str, float]] = {phase: defaultdict(float) for phase in PHASES}
+    for phase, part, name, ms in placed(events, work):
+        found[phase][kind(name) if by_kind else part] += ms
     return found
 
 
