@@ -38,6 +38,7 @@ LARGE = ("test_the_error_rule", "test_every_mode", "test_the_gated_norm",
 REST = " and ".join(f"not {name}" for name in (*LARGE, "sanitizer"))
 PARTS = {"others": REST, **{name.removeprefix("test_"): name for name in LARGE}}
 SANITIZER = {"sanitizer": "sanitizer"}
+MOST_FAILURES = 40  # of a part, which ends there
 FAILURES, STOPPED = "failures", "stopped"  # the tests' own; all were run, or not
 HERE = Path(__file__).resolve().parent
 
@@ -64,14 +65,16 @@ def outcomes(log: str) -> dict[str, str]:
 
 def reasons(log: str) -> dict[str, str]:
     """{test: one line} of pytest's summary of what failed."""
-    return {m[1]: m[2][:200] for m in re.finditer(r"^(?:FAILED|ERROR) (\S.*?) - (.*)$", log, re.M)}
+    found = re.finditer(r"^(?:FAILED|ERROR) (\S+\.py::.*?)(?: - (.*))?$", log, re.M)
+    return {match[1]: (match[2] or "")[:200] for match in found}
 
 
 def test_row(part: str, status: int | None, log: str) -> dict:
     """What became of a part of the tests."""
     found = outcomes(log)
-    names = [name for name, outcome in found.items() if outcome in ("FAILED", "ERROR")]
     why = reasons(log)
+    names = [name for name, outcome in found.items() if outcome in ("FAILED", "ERROR")]
+    names += [name for name in why if name not in found]  # in which a process died
     counts = {
         word: sum(outcome == word.upper() for outcome in found.values())
         for word in ("passed", "skipped")
@@ -83,6 +86,8 @@ def test_row(part: str, status: int | None, log: str) -> dict:
     else:
         state = OK if status in (0, 5) else f"failed: pytest ended with {status}"
     failures = [{"test": name, "why": why.get(name, "")} for name in names]
+    if len(failures) >= MOST_FAILURES:
+        failures.append({"test": "the tests behind these", "why": NOT_RUN})
     return {"part": part, "status": state, **counts, "failed": len(names), "failures": failures}
 
 
@@ -101,9 +106,9 @@ def tests(session: Session, seconds: float, parts: dict[str, str]) -> str:
         log = session.out / f"tests_{part}.txt"
         before = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
         # Warnings of another machine's versions are no failures of ours.
-        line = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-W", "default", "-p",
-                "no:cacheprovider", "--maxfail", "40", "tests/kernels/test_gpu.py", "-k",
-                parts[part]]  # fmt: skip
+        line = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-W", "default"]
+        line += ["-p", "no:cacheprovider", "--maxfail", str(MOST_FAILURES)]
+        line += ["tests/kernels/test_gpu.py", "-k", parts[part]]
         # Two tests of the sanitizer, in turn: each takes the GPU for itself.
         if session.workers > 1 and part != "sanitizer" and importlib.util.find_spec("xdist"):
             line += ["-n", str(session.workers), "--dist", "worksteal"]

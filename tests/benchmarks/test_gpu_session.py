@@ -52,6 +52,14 @@ def test_outcomes_are_read_from_what_pytest_prints(log):
     ]
 
 
+def test_a_test_in_which_its_process_died_and_those_that_were_not_run_are_told():
+    row = gpu.test_row("x", 1, f"FAILED {FILE}::test_x[a]\n")
+    assert row["failures"] == [{"test": f"{FILE}::test_x[a]", "why": ""}] and row["failed"] == 1
+    log = "".join(f"FAILED {FILE}::test_x[{i}] - why\n" for i in range(gpu.MOST_FAILURES))
+    row = gpu.test_row("x", 2, log)
+    assert row["failed"] == gpu.MOST_FAILURES and row["failures"][-1]["why"] == "not run"
+
+
 @pytest.mark.parametrize(
     ("status", "state"), [(0, "ok"), (5, "ok"), (4, "failed: pytest ended with 4")]
 )
