@@ -122,9 +122,10 @@ def limited(command: Sequence[str], seconds: float, log: Path) -> int | None:
     later by SIGKILL.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
+    unbuffered = {**os.environ, "PYTHONUNBUFFERED": "1"}  # what it said before it was stopped
     with log.open("ab") as file:
         process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=unbuffered
         )
         try:
             return process.wait(seconds)
