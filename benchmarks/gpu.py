@@ -206,22 +206,20 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def summary(out: Path, result: dict) -> str:
-    """What has to be known of a session: it is short enough to come back as a command's output."""
+    """What has to be known of a session: short enough to come back as a command's output."""
     lines = [headline(result)]
-    for row in result["rows"]:
-        lines.append(f"{row['stage']:10} {row['seconds']:7} s  {row['status']}")
+    lines += [f"{r['stage']:10} {r['seconds']:7} s  {r['status']}" for r in result["rows"]]
+    logs = [out / "report.txt", out / "step.txt"]
+    report, step = (
+        log.read_text(encoding="utf-8", errors="replace") if log.exists() else "" for log in logs
+    )
+    lines += ["", report[:6000], step[-1500:]]
     if (out / "tests.json").exists():
         for row in read(out / "tests.json")["rows"]:
             lines.append(f"tests, {row['part']}: {row['passed']} passed, {row['failed']} failed, "
                          f"{row['skipped']} skipped, {row['status']}")  # fmt: skip
-            for failure in row["failures"][:8]:
-                lines.append(f"  {failure['test'].split('::')[-1]}: {failure['why'][:120]}")
-    for name, most in (("report", 0), ("models", 4000), ("kernels", 2000), ("step", 2200)):
-        log = out / f"{name}.txt"
-        if log.exists():
-            text = log.read_text(encoding="utf-8", errors="replace").strip()
-            # Of the report the goals, its first table.
-            lines += ["", f"{name}:", text[-most:] if most else text.partition("\n\n")[0]]
+            for failure in row["failures"][:6]:
+                lines.append(f"  {failure['test'].split('::')[-1]}: {failure['why'][:100]}")
     return "\n".join(lines) + "\n"
 
 
