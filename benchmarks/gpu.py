@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gpu_timing import GPU, ROOT, header, headline
-from results import NOT_RUN, OK, Budget, begin, command, last_line, limited, put, read, save
+from results import DIED, NOT_RUN, OK, Budget, begin, command, last_line, limited, put, read, save
 
 from metala_vision.errors import UserError
 from metala_vision.files import write_text
@@ -150,6 +150,11 @@ def benchmark(session: Session, seconds: float, name: str) -> str:
         if status in (None, 0, 2) or budget.left() < 10:
             break
     if status is None:
+        if out.exists():  # a row that was being measured did not die of itself
+            result = read(out)
+            for row in result["rows"]:
+                row["status"] = NOT_RUN if row.get("status") == DIED else row.get("status", OK)
+            save(out, result)
         return STOPPED
     if status:
         return f"failed: {last_line(log)}"

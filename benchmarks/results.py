@@ -20,6 +20,7 @@ from metala_vision.files import write_text
 # What two parts of one result must have in common.
 SAME = ("what", "device", "versions", "commit", "sources")
 OK, NOT_RUN, OUT_OF_MEMORY = "ok", "not run", "out of memory"
+DIED = "failed: the process died"  # written before a row is measured
 
 
 def read(path: Path) -> dict:

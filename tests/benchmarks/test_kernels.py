@@ -44,18 +44,22 @@ def test_a_form_that_fails_is_a_row_that_says_so(error, status, monkeypatch):
     assert kernels.measure("ours", 8, 1, 1, True) == {"status": status}
 
 
+class Died(BaseException):
+    """A process that is gone: nothing catches it."""
+
+
 @pytest.fixture
 def session(tmp_path, monkeypatch):
-    """run(minutes), the calls of measure, and the file."""
-    calls, out = [], tmp_path / "k.json"
+    """run(), the calls of measure, and what the first of them raise."""
+    calls, ends, out = [], [], tmp_path / "k.json"
     monkeypatch.setattr(kernels, "header", lambda what: dict(HEADER))
     monkeypatch.setattr(kernels, "bandwidth", lambda: 1e9)
     monkeypatch.setattr(kernels, "available", lambda: ["ours", "sdpa"])
 
     def measure(name, N, B, H, backward):
         calls.append((name, N, backward))
-        if calls == [("ours", 196, True)]:
-            raise SystemExit("the process dies")
+        if len(calls) <= len(ends):
+            raise ends[len(calls) - 1]
         return {"status": "ok", "ms": 1.0, "peak_mib": None, "saved_mib": None}
 
     monkeypatch.setattr(kernels, "measure", measure)
@@ -64,18 +68,28 @@ def session(tmp_path, monkeypatch):
         kernels.run(argparse.Namespace(out=out, minutes=1.0, lengths=[196]))
         return json.loads(out.read_text())["rows"]
 
-    return run, calls
+    return run, calls, ends
 
 
 def test_rows_are_gone_on_with_behind_one_in_which_the_process_died(session):
-    run, calls = session
-    with pytest.raises(SystemExit):
+    run, calls, ends = session
+    ends.append(Died())
+    with pytest.raises(Died):
         run()
     rows = run()
     assert [r["status"] for r in rows] == ["failed: the process died", "ok", "ok", "ok"]
     assert rows[0]["floor_ms"] == pytest.approx(1e-6 * rows[0]["bytes"])
     run()
     assert len(calls) == 4
+
+
+def test_a_row_that_was_stopped_from_outside_is_run_again(session):
+    run, calls, ends = session
+    ends.append(SystemExit(143))
+    with pytest.raises(SystemExit):
+        run()
+    assert [r["status"] for r in run()] == ["ok"] * 4
+    assert calls[0] == calls[1] and len(calls) == 5
 
 
 def test_a_length_that_is_not_measured_is_named(monkeypatch):
