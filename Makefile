@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # A process a core, each with one thread: the tensors are small.
 PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: quickstart test test-launch test-kernels test-export test-timm test-slow test-gpu check bench clean
+.PHONY: quickstart test test-launch test-kernels test-export test-timm test-slow test-gpu check bench bench-gpu report clean
 
 quickstart: $(READY)  ## train on scikit-learn's digits, then compare the nano backbones on them
 	$(BIN)/python train_imagenet.py --config quickstart
@@ -43,6 +43,13 @@ check: $(READY)  ## formatting, lint and types; edits nothing
 bench: $(READY)  ## timings on this machine: the operator, then whole models
 	$(BIN)/python benchmarks/operator_cpu.py
 	$(BIN)/python benchmarks/models_cpu.py
+
+MINUTES ?= 30
+bench-gpu: $(READY)  ## tests, sanitizer and benchmarks on a GPU within MINUTES, into runs/gpu
+	$(BIN)/python benchmarks/gpu.py --out runs/gpu --minutes $(MINUTES)
+
+report: $(READY)  ## the README's tables and pictures from benchmarks/results/
+	$(BIN)/python benchmarks/report.py
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and f"Python 3.10 or newer is needed, {sys.executable} is {v.major}.{v.minor}; name another with make PYTHON=...")'

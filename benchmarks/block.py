@@ -15,25 +15,23 @@ and as the kernel that a GPU runs. The last rows are the whole block, and the bl
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from gpu_timing import DEVICE, DTYPE, GPU, header, headline
+from results import command, save
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import metala_vision
 from metala_vision.kernels.gated_linear_attention import decay_and_key, gated_linear_attention
 from metala_vision.kernels.gated_norm import gated_norm
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
-DTYPE = torch.bfloat16 if GPU else torch.float32
 KERNELS = ("operator", "self-augmentation, norm, gate: one kernel")
 Part = tuple[Callable[..., Any], list[Tensor]]
 
@@ -156,7 +154,7 @@ def milliseconds(calls: dict[str, Callable[[], object]], repeats: int) -> dict[s
 
 
 def timed(batch: int, size: int, repeats: int) -> dict[str, dict[str, float]]:
-    found = parts(DEVICE, DTYPE, batch, size)
+    found = parts(DEVICE.type, DTYPE, batch, size)
     if not GPU:
         del found[KERNELS[1]]
     whole, (x,) = found["whole block"]
@@ -188,22 +186,19 @@ def timed(batch: int, size: int, repeats: int) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--batch", type=int, default=128 if GPU else 8)
     parser.add_argument("--size", type=int, default=224, help="of the image, a multiple of 16")
     parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--out", help="also write the rows as JSON")
+    parser.add_argument("--out", type=Path, help="also write the rows as JSON")
     arguments = parser.parse_args()
     if arguments.size < 16 or arguments.size % 16 or arguments.batch < 1:
         parser.error(
             "--size must be a multiple of 16 and --batch >= 1, "
             f"got --size {arguments.size} --batch {arguments.batch}"
         )
-    name = torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads"
-    print(
-        f"metala_vision {metala_vision.__version__}, torch {torch.__version__}, {name}, {DTYPE}, "
-        f"batch {arguments.batch} at {arguments.size} px"
-    )
+    head = header("block")
+    print(f"{headline(head)}, {DTYPE}, batch {arguments.batch} at {arguments.size} px")
     counts = counted(arguments.batch, arguments.size)
     times = timed(arguments.batch, arguments.size, arguments.repeats)
     names = [*counts, *(name for name in times if name not in counts)]
@@ -219,9 +214,9 @@ def main() -> None:
         cells += [f"{row[key]:.3f}" if key in row else "not run" for key in ("forward", "step")]
         print("| " + " | ".join([row["part"], *cells]) + " |")
     if arguments.out:
-        with open(arguments.out, "w", encoding="utf-8") as file:
-            json.dump({"torch": torch.__version__, "device": name, "rows": rows}, file, indent=2)
+        fields = {"batch": arguments.batch, "size": arguments.size}
+        save(arguments.out, {**head, **fields, "rows": rows})
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

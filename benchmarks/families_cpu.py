@@ -8,14 +8,15 @@ quote; times belong to this machine at this moment.
 """
 
 import argparse
-import json
 import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from gpu_timing import header
 from models_cpu import build, in_turn, status, step
+from results import command, save
 
 import metala_vision
 from metala_vision.models import FAMILIES
@@ -45,9 +46,9 @@ def peak_memory(name: str, size: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--out", help="also write the rows as JSON")
+    parser.add_argument("--out", type=Path, help="also write the rows as JSON")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.repeats < 1:
@@ -80,9 +81,8 @@ def main() -> None:
         rows.append(row)
         print("| " + " | ".join(cells) + " |", flush=True)
     if arguments.out:
-        with open(arguments.out, "w", encoding="utf-8") as file:
-            json.dump({"torch": torch.__version__, "rows": rows}, file, indent=2)
+        save(arguments.out, {**header("families_cpu"), "rows": rows})
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

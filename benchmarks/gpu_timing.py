@@ -1,20 +1,30 @@
 """How long a call takes on this GPU and what it needs; without one, on this CPU."""
 
+import hashlib
 import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import shutil
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 DTYPE = torch.bfloat16 if GPU else torch.float32
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def milliseconds(call: Callable[[], object]) -> float:
-    """Median time of a call."""
+    """Median time of a call, on a GPU with the cache cold: for operators."""
     if GPU:
         from triton.testing import do_bench
 
@@ -28,17 +38,67 @@ def milliseconds(call: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
-def peak_mebibytes(call: Callable[[], object]) -> float | None:
-    """Memory that a call takes at its fullest, above what is there before it."""
+def step_milliseconds(call: Callable[[], object], seconds: float = 2.0) -> float:
+    """Median time of a call among calls that follow each other: for steps of whole models.
+
+    At least 5 and at most 200 of them, for about so many seconds, after three more.
+    """
+    for _ in range(3):
+        call()
+    synchronize()
+    start = time.perf_counter()
+    call()
+    synchronize()
+    count = max(5, min(200, round(seconds / (time.perf_counter() - start))))
+    if not GPU:
+        times = []
+        for _ in range(count):
+            start = time.perf_counter()
+            call()
+            times.append(1e3 * (time.perf_counter() - start))
+        return statistics.median(times)
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        call()
+        mark.record()
+    synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
+
+
+def synchronize() -> None:
+    if GPU:
+        torch.cuda.synchronize()
+
+
+def peak_mebibytes(call: Callable[[], object], whole: bool = False) -> float | None:
+    """Memory that a call takes at its fullest, above what is there before it, or the whole."""
     if not GPU:
         return None
     call()  # the first one may tune itself, in memory of its own
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    before = 0 if whole else torch.cuda.memory_allocated()
     call()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def trace(call: Callable[[], object]) -> list[dict]:
+    """The profiler's events of one call, as in a file for Chrome: times in microseconds."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if GPU else [])]
+    with profile(activities=activities, acc_events=True) as profiler:
+        call()
+        synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        return json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+
+
+def kernel_count(call: Callable[[], object]) -> int | None:
+    """Kernels that one call launches on the GPU."""
+    return sum(event.get("cat") == "kernel" for event in trace(call)) if GPU else None
 
 
 def bandwidth() -> float:
@@ -49,7 +109,7 @@ def bandwidth() -> float:
 
 
 def versions() -> dict[str, str]:
-    found = {"torch": torch.__version__}
+    found = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("triton", "timm", "flash-linear-attention"):
         try:
             found[package] = importlib.metadata.version(package)
@@ -59,7 +119,35 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or "unknown"
+    """By git, or METALA_VISION_COMMIT where the sources lie without it."""
+    found = os.environ.get("METALA_VISION_COMMIT", "")
+    if not found and shutil.which("git"):
+        line = ["git", "describe", "--always", "--dirty"]
+        done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=ROOT)
+        found = done.stdout.strip()
+    return found or "unknown"
+
+
+def sources() -> str:
+    """A digest of the code that is measured."""
+    digest = hashlib.sha256()
+    for folder in ("kernels", "metala_vision"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def header(what: str) -> dict:
+    """What a result's file says of where its rows come from."""
+    cpu = f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} of them used"
+    return {
+        "what": what, "device": torch.cuda.get_device_name() if GPU else cpu, "gpu": GPU,
+        "dtype": str(DTYPE).removeprefix("torch."), "versions": versions(), "commit": commit(),
+        "sources": sources(),
+    }  # fmt: skip
+
+
+def headline(result: dict) -> str:
+    """The same in one line."""
+    found = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return f"{result['what']}: {result['device']}, {found}, commit {result['commit']}"

@@ -1,6 +1,6 @@
 """The Triton kernels on this GPU beside what one would use without them.
 
-    python benchmarks/kernels.py run --out kernels.json [--lengths N ...] [--models]
+    python benchmarks/kernels.py run --out kernels.json [--lengths N ...] [--minutes M]
     python benchmarks/kernels.py show kernels.json [--plot kernels.png]
 
 ours       the operator, both directions, as a model calls it
@@ -11,15 +11,19 @@ sdpa       softmax attention of the same width, by PyTorch's choice of kernel
 
 Forward, and forward with backward: medians, in milliseconds, with the cache cold. floor: the least
 bytes (each input read once, each output written once) over the bandwidth of a copy on this device.
-Peak memory is above what the inputs hold: output, gradients, and what is needed on the way. Without
-a GPU, `run` times the portable form and SDPA on the CPU at small sizes, to show that it works.
+Peak memory is above what the inputs hold: output, gradients, and what is needed on the way. Saved
+is what a forward pass keeps for its backward pass, inputs included. Whole models: `models.py`.
+
+Rows are written one by one, those that the goals are about first. A run with the same --out goes on
+with what is missing; a row in which the process died is left at that. Without a GPU, `run` times
+the portable form and SDPA on the CPU at small sizes, to show that it works.
 """
 
 import argparse
-import json
 from collections.abc import Callable
+from pathlib import Path
 
-import timm
+import pictures
 import torch
 import torch.nn.functional as F
 from gpu_timing import (
@@ -27,25 +31,27 @@ from gpu_timing import (
     DTYPE,
     GPU,
     bandwidth,
-    commit,
+    header,
+    headline,
     milliseconds,
     peak_mebibytes,
-    versions,
-)  # fmt: skip
-from matplotlib.figure import Figure
+    synchronize,
+)
+from results import DIED, NOT_RUN, OK, OUT_OF_MEMORY, Budget, begin, command, put, read, save
 from torch import Tensor
 
-import metala_vision  # noqa: F401
+from metala_vision.errors import UserError, one_line
 from metala_vision.kernels.gated_linear_attention import gated_linear_attention
 
 K, V = 32, 64
-# tokens, batch and heads: about as many tokens in each, and the shapes that the targets name
+# tokens, batch and heads: about as many tokens in each; the shapes that the goals name come first
 SHAPES = (
-    [(64, 256, 2), (196, 128, 3), (1024, 32, 3), (4096, 8, 3), (16384, 2, 3)]
+    [(196, 128, 3), (4096, 8, 3), (16384, 2, 3), (1024, 32, 3), (64, 256, 2)]
     if GPU
     else [(64, 4, 2), (196, 2, 3), (1024, 1, 3)]
 )
-FORMS = ("ours", "chunked", "chunk_gla", "sdpa")
+FORMS = ("ours", "chunk_gla", "sdpa", "chunked")
+KEYS = ("form", "N", "B", "H", "backward")
 
 
 def chunk_gla() -> Callable[..., tuple[Tensor, Tensor]] | None:
@@ -90,61 +96,97 @@ def step(
     return lambda: torch.autograd.grad(form(), leaves, d_o)
 
 
-def measure(N: int, B: int, H: int, bytes_per_second: float) -> list[dict]:
-    """One row per form, for forward and for forward with backward."""
-    rows = []
-    for backward in (False, True):
-        options = {"device": DEVICE, "dtype": DTYPE, "requires_grad": backward}
-        q, gate = (torch.randn(B, N, H, K, **options) for _ in range(2))
-        v = torch.randn(B, N, H, V, **options)
-        d_o = torch.randn_like(v, requires_grad=False) if backward else None
-        least = 2 * K + 2 * V + (4 * K + 3 * V if backward else 0)
-        least *= B * N * H * q.element_size()
-        for name, (form, leaves) in forms(q, v, gate).items():
-            row = {"form": name, "N": N, "B": B, "H": H, "backward": backward, "bytes": least}
-            row["floor_ms"] = 1e3 * least / bytes_per_second
-            try:
-                call = step(form, leaves, d_o)
-                row["peak_mib"] = peak_mebibytes(call)
-                row["ms"] = milliseconds(call)
-            except torch.OutOfMemoryError:
-                row["ms"] = None
-            rows.append(row)
-    return rows
+def saved_mebibytes(form: Callable[[], Tensor], leaves: list[Tensor]) -> float:
+    """What a forward pass keeps for its backward pass: inputs, and what else autograd saves.
+
+    Storages, each once, as long as all of them are alive.
+    """
+    saved = list(leaves)
+
+    def keep(x: Tensor) -> Tensor:
+        saved.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        o = form()
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in saved}
+    del o
+    return sum(storages.values()) / 2**20
 
 
-def models(size: int, batch: int) -> list[dict]:
-    """A compiled training step of metala_tiny and of DeiT-tiny, under autocast to bfloat16."""
-    rows = []
-    for name in ("metala_tiny", "deit_tiny_patch16_224"):
-        model = timm.create_model(name, img_size=size).to(DEVICE)
-        x = torch.randn(batch, 3, size, size, device=DEVICE)
-        forward = torch.compile(model, dynamic=False) if GPU else model
+def measure(name: str, N: int, B: int, H: int, backward: bool) -> dict:
+    """What one form needs; its status where that cannot be measured."""
+    torch.manual_seed(0)
+    options = {"device": DEVICE, "dtype": DTYPE, "requires_grad": backward}
+    q, gate = (torch.randn(B, N, H, K, **options) for _ in range(2))
+    v = torch.randn(B, N, H, V, **options)
+    d_o = torch.randn_like(v, requires_grad=False) if backward else None
+    form, leaves = forms(q, v, gate)[name]
+    call = step(form, leaves, d_o)
+    try:
+        saved = saved_mebibytes(form, leaves) if backward else None
+        peak = peak_mebibytes(call)
+        return {"status": OK, "ms": milliseconds(call), "peak_mib": peak, "saved_mib": saved}
+    except torch.OutOfMemoryError:
+        return {"status": OUT_OF_MEMORY}
+    except Exception as error:  # a compiler's, of others' kernels too: the next row may do
+        synchronize()  # where the device is lost, so is the process
+        return {"status": f"failed: {type(error).__name__}: {one_line(error)[:200]}"}
 
-        def train(model=model, forward=forward, x=x) -> None:
-            model.zero_grad()
-            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=GPU):
-                loss = forward(x).square().mean()
-            loss.backward()
 
-        train()
-        model.zero_grad()
-        peak = peak_mebibytes(train)
-        row = {"model": name, "size": size, "batch": batch, "peak_mib": peak}
-        rows.append(row | {"ms": milliseconds(train)})
-    return rows
+def available() -> list[str]:
+    one = torch.zeros(1, 1, 1, 1, device=DEVICE)
+    found = forms(one, one, one)
+    return [name for name in FORMS if name in found]
+
+
+def run(arguments: argparse.Namespace) -> None:
+    budget = Budget(arguments.minutes)
+    result = begin(arguments.out, header("kernels"))
+    result.setdefault("bandwidth", bandwidth())
+    for N, B, H in SHAPES:
+        if arguments.lengths and N not in arguments.lengths:
+            continue
+        for backward in (True, False):
+            least = (2 * K + 2 * V + (4 * K + 3 * V if backward else 0)) * DTYPE.itemsize
+            least *= B * N * H
+            floor = {"bytes": least, "floor_ms": 1e3 * least / result["bandwidth"]}
+            for name in available():
+                row = {"form": name, "N": N, "B": B, "H": H, "backward": backward, **floor}
+                old = [r for r in result["rows"] if all(r[k] == row[k] for k in KEYS)]
+                if old and old[0]["status"] != NOT_RUN:
+                    continue
+                # The first of a form tunes itself, which says nothing of the next.
+                kind = f"{name}, tuned" if name in budget.longest else name
+                if not budget.fits(kind):
+                    put(result, row | {"status": NOT_RUN}, KEYS)
+                    continue
+                put(result, row | {"status": DIED}, KEYS)
+                save(arguments.out, result)
+                try:
+                    with budget.spending(kind):
+                        row |= measure(name, N, B, H, backward)
+                except (SystemExit, KeyboardInterrupt):  # stopped from outside
+                    row |= {"status": NOT_RUN}
+                    raise
+                finally:
+                    put(result, {"status": DIED, **row}, KEYS)
+                    save(arguments.out, result)
+    save(arguments.out, result)
+    show(result)
 
 
 def show(result: dict) -> None:
-    print(f"{result['device']}, {result['versions']}, commit {result['commit']}")
+    print(headline(result))
     print(f"a copy moves {result['bandwidth'] / 1e9:.0f} GB/s")
     print(f"{'N':>6} {'B':>4} {'H':>2} {'':13}", end="")
     print("".join(f"{form + ' ms':>13}" for form in FORMS), end="")
-    print(f"{'floor ms':>10}{'ours/floor':>11}{'gla/ours':>9}{'ours MiB':>9}{'gla MiB':>8}")
-    keys = sorted({(r["N"], r["B"], r["H"], r["backward"]) for r in result["rows"]})
+    print(f"{'floor ms':>10}{'ours/floor':>11}{'gla/ours':>9}{'saved MiB':>10}{'gla':>8}"
+          f"{'peak MiB':>9}{'gla':>8}")  # fmt: skip
+    keys = sorted({tuple(r[k] for k in KEYS[1:]) for r in result["rows"]})
     for N, B, H, backward in keys:
         row = {r["form"]: r for r in result["rows"]
-               if (r["N"], r["B"], r["H"], r["backward"]) == (N, B, H, backward)}  # fmt: skip
+               if tuple(r[k] for k in KEYS[1:]) == (N, B, H, backward)}  # fmt: skip
 
         def cell(form: str, key: str, width: int, digits: int, row=row) -> str:
             value = row.get(form, {}).get(key)
@@ -154,78 +196,39 @@ def show(result: dict) -> None:
             return f"{above / below:{width}.1f}" if above and below else f"{'-':>{width}}"
 
         ours, gla = row.get("ours", {}).get("ms"), row.get("chunk_gla", {}).get("ms")
-        floor = row["sdpa"]["floor_ms"]
+        floor = next(iter(row.values()))["floor_ms"]
         print(f"{N:6} {B:4} {H:2} {'with backward' if backward else 'forward':13}", end="")
         print("".join(cell(form, "ms", 13, 3) for form in FORMS) + f"{floor:10.4f}", end="")
         print(ratio(ours, floor, 11) + ratio(gla, ours, 9), end="")
+        print(cell("ours", "saved_mib", 10, 1) + cell("chunk_gla", "saved_mib", 8, 1), end="")
         print(cell("ours", "peak_mib", 9, 0) + cell("chunk_gla", "peak_mib", 8, 0))
-    for row in result.get("models", []):
-        peak = "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
-        print(f"{row['model']:24} {row['size']:5} px batch {row['batch']:4} "
-              f"training step {row['ms']:9.2f} ms, peak {peak} MiB")  # fmt: skip
-
-
-def plot(result: dict, path: str) -> None:
-    """Nanoseconds a token and head against N, one panel for forward, one with backward."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    colors = dict(zip(FORMS, ("#0072b2", "#56b4e9", "#009e73", "#d55e00"), strict=True))
-    for axis, backward in zip(figure.subplots(1, 2, sharey=True), (False, True), strict=True):
-        for form in FORMS:
-            chosen = sorted(
-                (r["N"], 1e6 * r["ms"] / (r["N"] * r["B"] * r["H"]))
-                for r in result["rows"]
-                if r["form"] == form and r["backward"] == backward and r["ms"]
-            )
-            if chosen:
-                axis.plot(*zip(*chosen, strict=True), "o-", color=colors[form], label=form, ms=4)
-        axis.set(xscale="log", yscale="log", xlabel="tokens N")
-        axis.set_title("forward and backward" if backward else "forward")
-        axis.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("nanoseconds per token and head")
-    figure.axes[0].legend(frameon=False)
-    figure.suptitle(f"{result['device']}, {result['dtype']}, K {K}, V {V}")
-    figure.savefig(path, dpi=130)
+        for form, r in row.items():
+            if r["status"] != OK:
+                print(f"       {form}: {r['status']}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="measure")
-    run.add_argument("--out", required=True, help="the JSON file to write")
-    run.add_argument("--lengths", type=int, nargs="+", metavar="N", help="only these")
-    run.add_argument("--models", action="store_true", help="also training steps of whole models")
+    measured = commands.add_parser("run", help="measure")
+    measured.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    measured.add_argument("--lengths", type=int, nargs="+", metavar="N", help="only these")
+    measured.add_argument("--minutes", type=float, default=1e4, help="to take at most")
     view = commands.add_parser("show", help="a table of a file, and a plot")
-    view.add_argument("file")
-    view.add_argument("--plot", help="the PNG file to write")
+    view.add_argument("file", type=Path)
+    view.add_argument("--plot", type=Path, help="the PNG file to write")
     arguments = parser.parse_args()
     if arguments.command == "show":
-        with open(arguments.file, encoding="utf-8") as file:
-            result = json.load(file)
+        result = read(arguments.file)
         show(result)
         if arguments.plot:
-            plot(result, arguments.plot)
+            pictures.kernels(result, arguments.plot)
         return
-    bytes_per_second = bandwidth()
-    result = {
-        "device": torch.cuda.get_device_name() if GPU else "CPU (no kernels here)",
-        "dtype": str(DTYPE).removeprefix("torch."),
-        "versions": versions(),
-        "commit": commit(),
-        "bandwidth": bytes_per_second,
-        "rows": [
-            row
-            for N, B, H in SHAPES
-            if not arguments.lengths or N in arguments.lengths
-            for row in measure(N, B, H, bytes_per_second)
-        ],
-    }
-    if arguments.models:
-        sizes = [(224, 256), (1024, 8)] if GPU else [(64, 2)]
-        result["models"] = [row for size, batch in sizes for row in models(size, batch)]
-    with open(arguments.out, "w", encoding="utf-8") as file:
-        json.dump(result, file, indent=2)
-    show(result)
+    lengths = [N for N, _, _ in SHAPES]
+    if unknown := [N for N in arguments.lengths or () if N not in lengths]:
+        raise UserError(f"--lengths must be among {lengths}, got {unknown[0]}")
+    run(arguments)
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

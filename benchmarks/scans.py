@@ -14,8 +14,8 @@ CPU at small sizes, to show that it works.
 """
 
 import argparse
-import json
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from gpu_timing import (
@@ -23,11 +23,12 @@ from gpu_timing import (
     DTYPE,
     GPU,
     bandwidth,
-    commit,
+    header,
+    headline,
     milliseconds,
     peak_mebibytes,
-    versions,
-)  # fmt: skip
+)
+from results import command, save
 from torch import Tensor
 
 from metala_vision.kernels.linear_recurrence import linear_recurrence
@@ -120,7 +121,7 @@ def rows(N: int, B: int, bytes_per_second: float) -> list[dict]:
 
 
 def show(result: dict) -> None:
-    print(f"{result['device']}, {result['versions']}, commit {result['commit']}")
+    print(headline(result))
     print(f"{'operator':18}{'':14}{'N':>6}{'B':>5} {'form':8}{'ms':>10}{'floor ms':>10}"
           f"{'x floor':>9}{'exp/ns':>8}{'MiB':>8}")  # fmt: skip
     for r in result["rows"]:
@@ -135,23 +136,20 @@ def show(result: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", help="also write the rows as JSON")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, help="also write the rows as JSON")
     parser.add_argument("--lengths", type=int, nargs="+", metavar="N", help="only these")
     arguments = parser.parse_args()
     bytes_per_second = bandwidth()
     shapes = [s for s in SHAPES if not arguments.lengths or s[0] in arguments.lengths]
     result = {
-        "device": torch.cuda.get_device_name() if GPU else "CPU (no kernels here)",
-        "dtype": str(DTYPE).removeprefix("torch."), "versions": versions(), "commit": commit(),
-        "bandwidth": bytes_per_second,
+        **header("scans"), "bandwidth": bytes_per_second,
         "rows": [row for N, B in shapes for row in rows(N, B, bytes_per_second)],
     }  # fmt: skip
     if arguments.out:
-        with open(arguments.out, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=2)
+        save(arguments.out, result)
     show(result)
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

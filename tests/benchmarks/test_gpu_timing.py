@@ -1,0 +1,74 @@
+"""The ways of a GPU, with a clock and counters in place of its events and memory."""
+
+import pytest
+import torch
+
+from tests.benchmarks._load import load
+
+gpu_timing, step = load("gpu_timing"), load("step")
+
+
+class Event:
+    """Of torch.cuda: marks a moment of `now`."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = Event.now
+
+    def elapsed_time(self, other):
+        return other.at - self.at
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """GPU is true; a call of work(ms) takes so long and holds 3 MiB above 2 MiB."""
+    Event.now = 0.0
+    for module in (gpu_timing, step):
+        monkeypatch.setattr(module, "GPU", True)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 2 * 2**20)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5 * 2**20)
+
+    def work(ms):
+        Event.now += ms
+
+    return work
+
+
+def test_a_step_is_the_median_between_marks(cuda):
+    times = iter([100.0] * 4 + [1.0, 9.0, 4.0, 4.0, 2.0] * 40)  # four to warm up and to guess
+    assert gpu_timing.step_milliseconds(lambda: cuda(next(times)), seconds=1e-9) == 4
+
+
+def test_memory_is_the_whole_or_what_a_call_adds(cuda):
+    assert gpu_timing.peak_mebibytes(lambda: None) == 3
+    assert gpu_timing.peak_mebibytes(lambda: None, whole=True) == 5
+
+
+def test_kernels_are_counted_without_copies_and_ranges(cuda, monkeypatch):
+    cats = ["kernel", "kernel", "gpu_memcpy", "cuda_runtime", "user_annotation", None]
+    monkeypatch.setattr(gpu_timing, "trace", lambda call: [{"cat": cat} for cat in cats])
+    assert gpu_timing.kernel_count(lambda: None) == 2
+
+
+def test_phases_are_timed_between_their_own_marks(cuda):
+    def call(phase):
+        for name, ms in (("forward", 3.0), ("backward", 5.0), ("optimizer", 1.0)):
+            with phase(name):
+                cuda(ms)
+            cuda(100.0)  # between phases
+
+    expected = {"forward": 3.0, "backward": 5.0, "optimizer": 1.0}
+    assert step.phase_times(call, 4) == expected
+
+
+def test_without_a_gpu_nothing_is_claimed_of_one():
+    assert gpu_timing.peak_mebibytes(lambda: None) is None
+    assert gpu_timing.kernel_count(lambda: None) is None
+    assert gpu_timing.step_milliseconds(lambda: None, seconds=1e-3) >= 0

@@ -1,0 +1,204 @@
+"""Whole models: order, batches that fit, peers, going on, what a dead process leaves."""
+
+import argparse
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from metala_vision.errors import UserError
+from tests.benchmarks._load import HEADER, Clock, load
+
+models = load("models")
+Job = models.Job
+
+
+def parsed(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["models.py", *arguments])
+    return models.parse(argparse.ArgumentParser())
+
+
+def test_the_rows_of_the_goals_come_first_and_every_row_once():
+    names = [models.OURS, models.DEIT, *models.SMALL, *models.COMPARATORS]
+    jobs = models.plan(names, ["theirs"], [224, 512, 1024, 2048], [True, False])
+    assert len(jobs) == len(set(jobs)) == 15 * 4 * 2
+    goals = {Job(m, s, True) for m in (models.OURS, models.DEIT) for s in (224, 1024)}
+    assert set(jobs[:4]) == goals
+    assert [job.size for job in jobs[:4]] == [224, 224, 1024, 1024]
+    assert {job.model for job in jobs[4:8]} == {models.OURS, models.DEIT}
+    assert jobs.index(Job("theirs", 224, True)) < jobs.index(Job("gla_tiny", 224, True))
+
+
+def test_a_batch_is_halved_until_it_fits():
+    tried = []
+
+    def attempt(batch, most=2):
+        tried.append(batch)
+        if batch > most:
+            raise torch.OutOfMemoryError("full")
+        return {"ms": 1.0}
+
+    assert models.fitting(attempt, 12) == {"batch": 1, "status": "ok", "ms": 1.0}
+    assert tried == [12, 6, 3, 1]
+    assert models.fitting(lambda batch: attempt(batch, 0), 3) == {
+        "batch": 1, "status": "out of memory",
+    }  # fmt: skip
+
+
+def test_a_compilers_message_counts_as_full_memory_and_other_errors_do_not():
+    def broken(batch):
+        raise RuntimeError("a matrix is no vector")
+
+    assert models.is_full(RuntimeError("CUDA out of memory. Tried to allocate"))
+    with pytest.raises(RuntimeError, match="no vector"):
+        models.fitting(broken, 4)
+
+
+class Hungry(nn.Module):
+    """Holds images up to two."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 10)
+
+    def forward(self, x):
+        if len(x) > 2:
+            raise torch.OutOfMemoryError("full")
+        return self.linear(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("what", [models.TRAINING, models.INFERENCE])
+def test_a_row_is_measured_at_the_batch_that_fits(what, monkeypatch):
+    called = []
+    monkeypatch.setattr(models, "step_milliseconds", lambda call: called.append(call()) or 4.0)
+    row = models.measure(Job("hungry", 32, False), what, 8, Hungry, False)
+    assert called and row["status"] == "ok" and row["batch"] == 2
+    assert row["images_s"] == pytest.approx(500)  # 2 images in 4 ms
+    assert row["peak_mib"] is None and row["kernels"] is None  # no GPU
+
+
+def test_a_training_step_trains_and_inference_does_not():
+    model = Hungry()
+    x = torch.randn(2, 3, 4, 4)
+    before = model.linear.weight.detach().clone()
+    models.inference(model, x)()
+    assert torch.equal(model.linear.weight, before) and model.linear.weight.grad is None
+    models.training_step(model, model, x)()
+    assert not torch.equal(model.linear.weight, before)
+
+
+def test_a_peer_is_a_function_of_a_file_that_finds_its_neighbours(tmp_path):
+    (tmp_path / "beside_it.py").write_text("WIDTH = 7\n")
+    file = tmp_path / "theirs.py"
+    file.write_text(
+        "import torch, beside_it\n"
+        "def made(img_size): return torch.nn.Linear(img_size, beside_it.WIDTH)\n"
+    )
+    name, make = models.peer(f"theirs={file}:made")
+    assert name == "theirs" and make(5).weight.shape == (7, 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x", "must be NAME=FILE.py:FUNCTION, got 'x'"),
+        ("x=a.py", "must be NAME=FILE.py:FUNCTION"),
+        ("x=a.py:f", "there is no file a.py"),
+        ("x=FILE:g", "has no function g"),
+        ("resnet18=FILE:f", "'resnet18' is the name of a model of timm"),
+    ],
+)
+def test_a_wrong_peer_is_named(text, message, tmp_path):
+    (tmp_path / "a.py").write_text("f = 3\n")
+    with pytest.raises(UserError, match=message):
+        models.peer(text.replace("FILE", str(tmp_path / "a.py")))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sizes", "33"], "--sizes must be multiples of 16, got 33"),
+        (["--models", "nix"], "--models 'nix' is no model"),
+        (["--workers", "0"], "--workers must be >= 1"),
+        (["--limit", "0"], "--limit > 0"),
+    ],
+)
+def test_wrong_flags_are_named(arguments, message, monkeypatch):
+    with pytest.raises(UserError, match=message):
+        parsed(monkeypatch, "run", "--out", "x.json", *arguments)
+
+
+@pytest.fixture
+def session(tmp_path, monkeypatch):
+    """run(*flags) with processes that take 40 seconds of a clock; the jobs that were run."""
+    clock, seen = Clock(), []
+    monkeypatch.setattr(models, "header", lambda what: dict(HEADER))
+    budget = models.Budget
+    monkeypatch.setattr(models, "Budget", lambda minutes: budget(minutes, clock))
+
+    def rows(self, job, seconds):
+        seen.append((job.model, job.size))
+        clock.now += 40
+        row = {**job._asdict(), "batch": 1, "ms": 1.0, "images_s": 1.0, "peak_mib": None}
+        if job.size == 64:
+            return [{**row, "what": what, "status": "failed: x"} for what in ("training step",
+                    "inference")]  # fmt: skip
+        return [
+            {**row, "what": "training step", "status": "out of memory"},
+            {**row, "what": "inference", "status": "ok", "kernels": None},
+        ]
+
+    monkeypatch.setattr(models.Runner, "rows", rows)
+
+    def run(*flags):
+        seen.clear()
+        out = tmp_path / "m.json"
+        models.run(parsed(monkeypatch, "run", "--out", str(out), "--eager", *flags))
+        return list(seen), json.loads(out.read_text())["rows"]
+
+    return run
+
+
+def test_what_does_not_fit_into_the_minutes_is_not_run_and_done_next_time(session):
+    sizes = ("--sizes", "32", "64")
+    seen, rows = session("--minutes", "1", *sizes)
+    assert seen == [("metala_tiny", 32)]  # 20 s are left, and one takes 40
+    assert [r["status"] for r in rows].count("not run") == 6
+    assert [r["status"] for r in rows[:2]] == ["out of memory", "ok"]
+    seen, rows = session("--minutes", "10", *sizes)
+    assert ("metala_tiny", 32) not in seen and len(seen) == 3
+    assert not any(r["status"] == "not run" for r in rows)
+    assert session("--minutes", "10", *sizes)[0] == []
+    seen, _ = session("--minutes", "10", "--retry", *sizes)
+    assert seen == [("metala_tiny", 64), ("deit_tiny_patch16_224", 64)]  # those that failed
+
+
+def test_a_file_of_another_commit_is_not_gone_on_with(session, monkeypatch):
+    session("--sizes", "32")
+    monkeypatch.setattr(models, "header", lambda what: {**HEADER, "commit": "zzz"})
+    with pytest.raises(UserError, match="has commit 'abc', this run 'zzz'"):
+        session("--sizes", "32")
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_or_is_too_slow_costs_its_rows(tmp_path):
+    file = tmp_path / "theirs.py"
+    file.write_text(
+        "import os, time, torch\n"
+        "class Dies(torch.nn.Linear):\n"
+        "    def forward(self, x):\n"
+        "        if not self.training: os._exit(7)\n"
+        "        return super().forward(x.mean((2, 3)))\n"
+        "def dies(img_size): return Dies(3, 10)\n"
+        "def wrong(img_size): raise OSError('no weights')\n"
+        "def slow(img_size): time.sleep(60)\n"
+    )
+    peers = [f"{name}={file}:{name}" for name in ("dies", "wrong", "slow")]
+    runner = models.Runner(peers, 30, tmp_path)
+    first, second = runner.rows(Job("dies", 32, False), 100)
+    assert first["status"] == "ok" and second["status"].startswith("failed")
+    assert runner.rows(Job("wrong", 32, False), 100)[0]["status"] == "failed: OSError: no weights"
+    runner.limit = 1
+    assert runner.rows(Job("slow", 32, False), 100)[0]["status"] == "stopped after 1 s"
+    assert runner.rows(Job("slow", 32, False), 0.5)[0]["status"] == "not run"
