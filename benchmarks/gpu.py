@@ -36,8 +36,14 @@ SHARES = {"tests": 30, "sanitizer": 14, "kernels": 13, "models": 28, "step": 8, 
 LARGE = ("test_the_error_rule", "test_every_mode", "test_the_gated_norm",
          "test_the_linear_recurrence", "test_the_selective_scan")  # fmt: skip
 REST = " and ".join(f"not {name}" for name in (*LARGE, "sanitizer"))
-PARTS = {"others": REST, **{name.removeprefix("test_"): name for name in LARGE}}
-SANITIZER = {"sanitizer": "sanitizer"}
+KERNELS, TRAINING = "tests/kernels/test_gpu.py", "tests/train/test_gpu.py"
+# Of each part the file, and the word of pytest -k.
+PARTS = {
+    "others": (KERNELS, REST),
+    "training": (TRAINING, ""),
+    **{name.removeprefix("test_"): (KERNELS, name) for name in LARGE},
+}
+SANITIZER = {"sanitizer": (KERNELS, "sanitizer")}
 MOST_FAILURES = 40  # of a part, which ends there
 FAILURES, STOPPED = "failures", "stopped"  # the tests' own; all were run, or not
 HERE = Path(__file__).resolve().parent
@@ -91,7 +97,7 @@ def test_row(part: str, status: int | None, log: str) -> dict:
     return {"part": part, "status": state, **counts, "failed": len(names), "failures": failures}
 
 
-def tests(session: Session, seconds: float, parts: dict[str, str]) -> str:
+def tests(session: Session, seconds: float, parts: dict[str, tuple[str, str]]) -> str:
     """pytest's parts that have not run to their end yet, within these seconds."""
     path = session.out / "tests.json"
     result = begin(path, header("tests"))
@@ -108,7 +114,7 @@ def tests(session: Session, seconds: float, parts: dict[str, str]) -> str:
         # Warnings of another machine's versions are no failures of ours.
         line = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-W", "default"]
         line += ["-p", "no:cacheprovider", "--maxfail", str(MOST_FAILURES)]
-        line += ["tests/kernels/test_gpu.py", "-k", parts[part]]
+        line += [parts[part][0], "-k", parts[part][1]]
         # Two tests of the sanitizer, in turn: each takes the GPU for itself.
         if session.workers > 1 and part != "sanitizer" and importlib.util.find_spec("xdist"):
             line += ["-n", str(session.workers), "--dist", "worksteal"]

@@ -24,6 +24,7 @@ from metala_vision.errors import UserError
 from metala_vision.files import write_text
 
 NOT_RUN = "not run"
+WITHOUT = "Not run."  # instead of a table of that
 SIZES = (224, 512, 1024, 2048)
 SHAPES = ((196, 128), (4096, 8), (16384, 2), (1024, 32), (64, 256))  # tokens and batch
 PICTURES = {
@@ -139,11 +140,11 @@ def _value(row: dict, key: str, digits: int) -> str:
 
 def models_section(results: dict[str, dict]) -> str:
     """Images a second, in brackets to DeiT of the same size in the same way; memory of training."""
-    result = results.get("models", {"rows": []})
+    if "models" not in results:
+        return WITHOUT
+    result = results["models"]
     measured = list(dict.fromkeys(row["model"] for row in result["rows"]))
-    names = [
-        name for name in (DEIT, OURS, *SMALL, *COMPARATORS) if name in measured or not measured
-    ]
+    names = [name for name in (DEIT, OURS, *SMALL, *COMPARATORS) if name in measured]
     names += [name for name in measured if name not in names]
     parts = []
     for compiled in (True, False):
@@ -161,8 +162,7 @@ def models_section(results: dict[str, dict]) -> str:
         head += [f"train {size}" for size in SIZES] + [f"infer {size}" for size in SIZES]
         if rows:
             parts.append(table([*head, "MiB 224", "MiB 1024"], rows))
-    if result["rows"]:
-        parts += [source(result), f"![{PICTURES['models'][2]}](docs/{PICTURES['models'][1]})"]
+    parts += [source(result), f"![{PICTURES['models'][2]}](docs/{PICTURES['models'][1]})"]
     if "step" in results:
         parts.append(f"![{PICTURES['step'][2]}](docs/{PICTURES['step'][1]})")
     return "\n\n".join(parts)
@@ -186,7 +186,9 @@ def _model_cells(mine: dict, rows: list[dict], deit: str, compiled: bool) -> lis
 
 
 def kernels_section(results: dict[str, dict]) -> str:
-    result = results.get("kernels", {"rows": []})
+    if "kernels" not in results:
+        return WITHOUT
+    result = results["kernels"]
     head = ["B, N", "ours ms", "chunk_gla twice ms", "SDPA ms", "portable ms", "floor ms",
             "saved MiB", "saved, chunk_gla"]  # fmt: skip
     rows = []
@@ -200,10 +202,8 @@ def kernels_section(results: dict[str, dict]) -> str:
             + [NOT_RUN if floor is None else f"{floor:.4f}"]
             + [_value(mine.get(form, {}), "saved_mib", 1) for form in ("ours", "chunk_gla")]
         )
-    parts = [table(head, rows)]
-    if result["rows"]:
-        parts += [source(result), f"![{PICTURES['kernels'][2]}](docs/{PICTURES['kernels'][1]})"]
-    return "\n\n".join(parts)
+    picture = f"![{PICTURES['kernels'][2]}](docs/{PICTURES['kernels'][1]})"
+    return "\n\n".join([table(head, rows), source(result), picture])
 
 
 SECTIONS: dict[str, Callable[[dict[str, dict]], str]] = {

@@ -13,11 +13,16 @@ FILE = "tests/kernels/test_gpu.py"
 
 
 def test_every_part_of_the_tests_is_run_once():
-    """pytest -k takes a name that contains the word."""
+    """pytest -k takes a name that contains the word; every file with tests for a GPU has a part."""
+    files = {path.relative_to(gpu.ROOT).as_posix() for path in (gpu.ROOT / "tests").rglob("*.py")
+             if "pytest.mark.gpu,\n" in path.read_text(encoding="utf-8")}  # fmt: skip
+    assert {file for file, _ in gpu.PARTS.values()} == files
+    assert [word for file, word in gpu.PARTS.values() if file == gpu.TRAINING] == [""]
     names = [*gpu.LARGE, "test_tf32", "test_the_sanitizer_finds_nothing[memcheck]"]
     rest = [part.removeprefix("not ") for part in gpu.REST.split(" and ")]
     for name in names:
-        chosen = [part for part, word in gpu.PARTS.items() if part != "others" and word in name]
+        kernels = {part: word for part, (file, word) in gpu.PARTS.items() if file == gpu.KERNELS}
+        chosen = [part for part, word in kernels.items() if part != "others" and word in name]
         others = not any(word in name for word in rest)
         sanitizer = "sanitizer" in name
         assert len(chosen) + others + sanitizer == 1, name
