@@ -22,8 +22,8 @@ PREFETCHED = 2  # of each worker, which may be there already
 class Speed:
     """Images a second, of one process.
 
-    run: loader and step together, as a run has them. gpu_busy: percent of the last second of it in
-    which the GPU computed; None without one, and where nvidia-ml-py is not installed.
+    run: loader and step together, as a run has them. gpu_busy: percent of its last second or less
+    in which the GPU computed; None without one, and where nvidia-ml-py is not installed.
     memory_mib: the most that training took.
     """
 
@@ -109,10 +109,12 @@ def bench(config: Config, seconds: float = 10.0) -> Speed:
         warm_up = WARM_UP + PREFETCHED * config.data.workers
         loader = images_per_second(lambda: len(load()[1]), seconds, wait, warm_up)
         one = load()
-        trained = images_per_second(lambda: step(*one), seconds, wait)
-        memory = memory_mib(accelerator.device)
+        gpu_busy(accelerator.device)  # the first call starts what counts
         together = images_per_second(lambda: step(*load()), seconds, lambda: None, warm_up)
         busy = gpu_busy(accelerator.device)
+        loaders.close()  # no worker beside what follows
+        trained = images_per_second(lambda: step(*one), seconds, wait)
+        memory = memory_mib(accelerator.device)
         evaluated = images_per_second(lambda: forward(*one), seconds, wait)
     except torch.OutOfMemoryError as error:
         raise out_of_memory(config.data.batch_size) from error
@@ -125,19 +127,19 @@ def bench(config: Config, seconds: float = 10.0) -> Speed:
 
 
 def gpu_busy(device: torch.device) -> float | None:
-    """Percent of the last second in which a kernel ran there, as the driver counts."""
+    """Percent of the last second or less in which a kernel ran there, as the driver counts."""
     if device.type != "cuda":
         return None
     try:
         return float(torch.cuda.utilization(device))
-    except (ModuleNotFoundError, RuntimeError):  # without nvidia-ml-py
+    except Exception:  # no nvidia-ml-py, or a device that does not tell: other figures stand
         return None
 
 
 def as_lines(speed: Speed) -> str:
     """For people; the last line is what a run reaches."""
     bound = "the loader" if speed.loader < speed.step else "the model"
-    busy = "" if speed.gpu_busy is None else f", GPU busy {speed.gpu_busy:.0f} % of the time"
+    busy = "" if speed.gpu_busy is None else f", the GPU busy for {speed.gpu_busy:.0f} % of its end"
     return "\n".join([
         f"{speed.model}: {speed.parameters:,} parameters, batches of {speed.batch_size}, "
         f"{speed.device}",

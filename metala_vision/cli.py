@@ -229,7 +229,10 @@ def compare_command(argv: list[str], prog: str) -> int:
         "that CUDA_VISIBLE_DEVICES names, where it is set",
     )
     parser.add_argument(
-        "--jobs", type=int, default=1, help="runs at a time on each GPU, or on the CPU [1]"
+        "--jobs",
+        type=int,
+        default=1,
+        help="runs at a time on each GPU of --gpus; without it, on the first, or the CPU [1]",
     )
     given = parser.parse_args(argv)
     if not 0 <= given.seconds < float("inf"):

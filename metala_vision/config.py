@@ -6,11 +6,12 @@ an unknown key is an error that names the nearest.
 """
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -181,7 +182,7 @@ class DataConfig(Section):
     on_device: bool = False
     """Decode all images once, keep them in the memory of the device, and crop, mirror, colour and
     erase them there; for data sets of small images. Takes no auto_augment."""
-    on_device_size: PositiveInt | None = None
+    on_device_size: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Side of the square that each training image is resized and cut to before it is kept; null
     keeps them as they are, which must be all of one size."""
     scale: Range = (0.08, 1.0)

@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from .sampling import (
     seeded,
     stream,
 )
-from .sources import Source, convert
+from .sources import Source, read_image
 from .splits import Split
 
 GRACE = 60  # seconds that a worker outlives a signal
@@ -60,12 +60,7 @@ class ImageData(Dataset):
     def sample(self, position: int) -> tuple[Tensor, int]:
         """Raises UnreadableImage."""
         index = self.indices[position]
-        image = self.source.image(index)
-        try:
-            image = convert(image, self.mode)
-        except ValueError as error:  # of a rare kind of pixel
-            name = self.source.name(index)
-            raise UnreadableImage(f"cannot read image {name}: {one_line(error)}") from error
+        image = read_image(self.source, index, self.mode)
         return self.transform(image), self.source.targets[index]
 
     def __getitem__(self, position: int) -> tuple[Tensor, int]:
@@ -157,12 +152,14 @@ class Loaders:
     epoch; `val` is in order and complete. Over several processes, each has its part of both.
 
     preprocessing: of the evaluation, in timm's words; saved with the weights.
+    unreadable: positions in the "training" and the "held-out" part, where they are known ahead.
     """
 
     train: Loader
     batches: EpochBatches
     val: Loader
     preprocessing: dict[str, Any]
+    unreadable: dict[str, list[int]] = field(default_factory=dict)
 
     def close(self) -> None:
         """End the workers now, not when the last reference goes."""
@@ -233,7 +230,8 @@ def create_loaders(
         train, val = create_batches(
             config, inputs, mode, split, seed, batches, order, on_device, show=rank == 0
         )
-        return Loaders(train, batches, val, inputs)
+        found = {"training": train.kept.unreadable, "held-out": val.kept.unreadable}
+        return Loaders(train, batches, val, inputs, found)
     train_transform, val_transform = create_transforms(config, inputs)
     common = {
         "num_workers": config.workers,

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Sampler, get_worker_info
 
 # What a stream of random numbers is for: no two share one.
-ORDER, AUGMENTATION, MIXING, REPLACEMENT, PROCESS, NOISE = range(6)
+ORDER, AUGMENTATION, MIXING, REPLACEMENT, PROCESS, NOISE, ON_DEVICE = range(7)
 
 
 class Key(NamedTuple):

@@ -170,6 +170,16 @@ class DigitsSource:
     key = name
 
 
+def read_image(source: Source, index: int, mode: str) -> Image.Image:
+    """An image of a source as "RGB" or "L"; raises UnreadableImage."""
+    image = source.image(index)
+    try:
+        return convert(image, mode)
+    except ValueError as error:  # of a rare kind of pixel
+        name = source.name(index)
+        raise UnreadableImage(f"cannot read image {name}: {one_line(error)}") from error
+
+
 def convert(image: Image.Image, mode: str) -> Image.Image:
     """The image as "RGB" or "L"; 16-bit grey is scaled, where Pillow would cut it off at 255."""
     if image.mode == "P" and "transparency" in image.info:

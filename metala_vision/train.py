@@ -63,16 +63,16 @@ def train(config: Config, name: str = "train") -> TrainResult:
         Stopped: by a signal; the run is saved.
     """
     accelerator = create_accelerator(config.run.mixed_precision)
+    built = folder = failure = None
+    try:
+        config = resumed_config(config)
+        check_trackers(config)
+        built = collect(config, accelerator)  # a signal ends it: there is nothing to save yet
+    except UserError as error:
+        failure = error
+    agree(accelerator, failure)
+    assert built is not None
     with Signals() as signals:
-        built = folder = failure = None
-        try:
-            config = resumed_config(config)
-            check_trackers(config)
-            built = collect(config, accelerator)
-        except UserError as error:
-            failure = error
-        agree(accelerator, failure)
-        assert built is not None
         try:
             seen = gathered(accelerator, [built.split.fingerprint])
             if len(set(seen)) > 1:
@@ -158,11 +158,11 @@ class Run:
             disable=None if self.is_main else True, dynamic_ncols=True,
             initial=training.step * built.images_per_step,
         )  # fmt: skip
-        hooks = Hooks(
-            self.bar.update, self.on_interval, self.unreadable["training"], self.on_skipped,
-            self.asked, self.save, self.on_stop,
-        )  # fmt: skip
+        hooks = Hooks(self.bar.update, self.on_interval, self.unreadable["training"],
+                      self.on_skipped, self.asked, self.save, self.on_stop)  # fmt: skip
         try:
+            for what, positions in built.loaders.unreadable.items():
+                self.unreadable[what](positions)
             while True:
                 if training.step and self.is_evaluation_due():
                     self.save()
@@ -393,8 +393,7 @@ class Run:
         return self.signals.received, self.is_main and age > 60 * self.config.run.checkpoint_minutes
 
     def on_stop(self, number: int) -> None:
-        name = signal.Signals(number).name
-        step, folder = self.training.step, self.config.run.run_dir or "the run"
-        folder = self.folder.path if self.folder is not None else folder
+        name, step = signal.Signals(number).name, self.training.step
+        folder = self.folder.path if self.folder else self.config.run.run_dir or "the run"
         line = f"stopped by {name}, saved at step {step}; go on with --resume {folder}"
         raise Stopped(number, line if self.is_main else "")

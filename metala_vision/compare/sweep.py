@@ -70,6 +70,9 @@ class Sweep:
 
     def _run(self, told: list[str], log: Path, device: str | None) -> str | None:
         environment = own_environment()
+        if self.count > 1:  # each would take all cores
+            threads = max(1, (os.cpu_count() or 1) // self.count)
+            environment.setdefault("OMP_NUM_THREADS", str(threads))
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = device
         errors = log.with_suffix(".err")  # while it runs: what a killed parent would lose

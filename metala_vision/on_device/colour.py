@@ -1,4 +1,7 @@
-"""Colours of a batch: jitter as Pillow does it, normalisation, and patches of noise."""
+"""Colours of a batch: jitter as Pillow does it, normalisation, and patches of noise.
+
+B batch, C channels and S side of the images.
+"""
 
 import torch
 from torch import Tensor
@@ -45,12 +48,12 @@ def erase(x: Tensor, box: tuple[Tensor, Tensor, Tensor, Tensor], noise: Tensor, 
 
     Args:
         x: [B, C, S, S]. box: top, left, height, width [B]; of no height nothing is changed.
-        noise: [C, T, T], continued beyond its edges. at: [B, 2], where in it the image lies.
+        noise: [C, side, side], continued beyond its edges. at: [B, 2], where in it the image lies.
     """
     top, left, height, width = (value[:, None] for value in box)
-    T, side = noise.shape[1], torch.arange(x.shape[2], device=x.device)
-    rows, columns = (side >= top) & (side < top + height), (side >= left) & (side < left + width)
-    y, across = (side + at[:, :1]) % T, (side + at[:, 1:]) % T
+    own, side = torch.arange(x.shape[2], device=x.device), noise.shape[1]
+    rows, columns = (own >= top) & (own < top + height), (own >= left) & (own < left + width)
+    y, across = (own + at[:, :1]) % side, (own + at[:, 1:]) % side
     patch = noise[:, y[:, :, None], across[:, None, :]].transpose(0, 1)
     inside = rows[:, None, :, None] & columns[:, None, None, :]
     return torch.where(inside, patch, x)

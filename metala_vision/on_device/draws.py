@@ -3,7 +3,9 @@
 Every place of an epoch has its own row of uniform numbers, found without drawing those before it:
 whatever process or resumed run takes a sample, it is treated alike. The rules are those of timm's
 RandomResizedCropAndInterpolation, torchvision's ColorJitter and timm's RandomErasing, for all
-images at once.
+images at once; but an erased patch is cut from one square of noise, the same for the whole run.
+
+B images of a batch.
 """
 
 import math
@@ -12,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from metala_vision.sampling import AUGMENTATION, stream
+from metala_vision.sampling import ON_DEVICE, stream
 
 ATTEMPTS = 10  # to find a rectangle that fits
 # Columns of a row of numbers.
@@ -35,7 +37,7 @@ class Boxes:
 def uniform(seed: int, epoch: int, places: Sequence[int]) -> np.ndarray:
     """A row of numbers in [0, 1) for each place: [places, NUMBERS]."""
     first = min(places)
-    numbers = np.random.PCG64(stream(seed, AUGMENTATION, epoch)).advance(first * NUMBERS)
+    numbers = np.random.PCG64(stream(seed, ON_DEVICE, epoch)).advance(first * NUMBERS)
     rows = np.random.Generator(numbers).random((max(places) + 1 - first, NUMBERS))
     return rows[np.asarray(places) - first]
 

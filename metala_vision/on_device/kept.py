@@ -1,12 +1,12 @@
 """Images that are decoded once and kept on the device, as bytes."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -23,10 +23,9 @@ from metala_vision.errors import (
     WORKER_ERRORS,
     UnreadableImage,
     UserError,
-    one_line,
     worker_died,
 )
-from metala_vision.sources import Source, convert
+from metala_vision.sources import Source, read_image
 
 DECODED = 256  # images of a batch on its way to the device
 SPARED = 0.1  # of the free memory, for model and activations at the very least
@@ -47,7 +46,7 @@ class Kept:
 
 
 class Decoded(Dataset):
-    """Position -> the image [C, height, width] as bytes, or the line of why it cannot be read."""
+    """Position -> the image [C, height, width] as bytes, or None where it cannot be read."""
 
     def __init__(
         self, source: Source, indices: Sequence[int], mode: str, transform: Callable
@@ -58,15 +57,11 @@ class Decoded(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: int) -> Tensor | str:
-        index = self.indices[position]
+    def __getitem__(self, position: int) -> Tensor | None:
         try:
-            image = convert(self.source.image(index), self.mode)
-        except UnreadableImage as error:
-            return error.line
-        except ValueError as error:  # of a rare kind of pixel
-            return f"cannot read image {self.source.name(index)}: {one_line(error)}"
-        return self.transform(image)
+            return self.transform(read_image(self.source, self.indices[position], self.mode))
+        except UnreadableImage:
+            return None
 
 
 class Square:
@@ -84,12 +79,56 @@ class Square:
 
 def together(images: list[Any]) -> tuple[list[int], list[tuple[list[int], Tensor]]]:
     """Of a batch of Decoded the places of the unreadable, and of each size places and images."""
-    bad = [i for i, image in enumerate(images) if isinstance(image, str)]
+    bad = [i for i, image in enumerate(images) if image is None]
     by_shape: dict[tuple[int, ...], list[int]] = {}
     for i, image in enumerate(images):
-        if not isinstance(image, str):
+        if image is not None:
             by_shape.setdefault(tuple(image.shape), []).append(i)
     return bad, [(own, torch.stack([images[i] for i in own])) for own in by_shape.values()]
+
+
+class Room:
+    """Bytes on the device for the images of a part, 0, taken when the first one's size is known.
+
+    Args:
+        count: images. what: the part is called.
+    """
+
+    def __init__(self, count: int, device: torch.device, what: str) -> None:
+        self.count, self.device, self.what = count, device, what
+        self.images: Tensor | None = None
+        self.first = ""
+
+    def put(self, places: list[int], batch: Tensor, names: list[str]) -> None:
+        """Images [n, C, height, width] at their places.
+
+        Raises:
+            UserError: for another size than the first one's, and for too little memory.
+        """
+        if self.images is None:
+            self.images, self.first = self._taken(batch.shape[1:]), names[0]
+        if batch.shape[1:] != self.images.shape[1:]:
+            raise UserError(
+                f"data.on_device: {names[0]} is {_size(batch)}, {self.first} {_size(self.images)}; "
+                "on_device_size=SIDE makes all training images one size"
+            )
+        self.images[torch.tensor(places, device=self.device)] = batch.to(self.device)
+
+    def _taken(self, shape: Sequence[int]) -> Tensor:
+        needed, free = self.count * math.prod(shape), free_memory(self.device)
+        line = (
+            f"data.on_device needs {needed / 2**30:.2f} GiB for {self.count:,} {self.what} images "
+            f"of {shape[1]}x{shape[2]}"
+        )
+        if free is not None and needed > (1 - SPARED) * free:
+            raise UserError(
+                f"{line}, {free / 2**30:.2f} GiB are free on {self.device}; on_device_size=SIDE "
+                "keeps smaller ones"
+            )
+        try:
+            return torch.zeros((self.count, *shape), dtype=torch.uint8, device=self.device)
+        except (torch.OutOfMemoryError, MemoryError) as error:  # others took it meanwhile
+            raise UserError(f"{line}, which {self.device} does not have free") from error
 
 
 def keep(
@@ -111,54 +150,32 @@ def keep(
         collate_fn=together, generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     count = len(indices)
-    images: Tensor | None = None
-    unreadable: list[int] = []
+    room, unreadable, first = Room(count, device, what), [], 0
     try:
         with tqdm(total=count, unit="img", desc=f"decoding {what}", leave=False,
                   disable=None if show else True) as bar:  # fmt: skip
-            for number, (bad, groups) in enumerate(loader):
-                first = number * DECODED
+            for bad, groups in loader:
                 unreadable += [first + i for i in bad]
                 for own, batch in groups:
-                    if images is None:
-                        images = _room(count, batch.shape[1:], device, what)
-                    if batch.shape[1:] != images.shape[1:]:
-                        raise UserError(
-                            f"data.on_device: {source.name(indices[first + own[0]])} has "
-                            f"{_size(batch)} pixels, others {_size(images)}; on_device_size=SIDE "
-                            "makes them one size"
-                        )
-                    images[torch.tensor(own, device=device) + first] = batch.to(device)
-                bar.update(min(DECODED, count - first))
+                    places = [first + i for i in own]
+                    room.put(places, batch, [source.name(indices[place]) for place in places])
+                done = len(bad) + sum(len(own) for own, _ in groups)
+                first += done
+                bar.update(done)
     except WORKER_ERRORS as error:
         told = worker_died(error)
         if told is None:
             raise
         raise told from error
-    if images is None:
+    if room.images is None:
         raise UserError(f"none of the {count:,} {what} images can be read")
     targets = torch.tensor([source.targets[i] for i in indices], device=device)
-    return Kept(images, targets, unreadable)
+    return Kept(room.images, targets, unreadable)
 
 
 def _size(images: Tensor) -> str:
+    """Height x width of [n, C, height, width]."""
     return f"{images.shape[2]}x{images.shape[3]}"
-
-
-def _room(count: int, shape: Sequence[int], device: torch.device, what: str) -> Tensor:
-    """Bytes for the images of a part, 0.
-
-    Raises:
-        UserError: where the device has too little memory.
-    """
-    needed, free = count * int(np.prod(shape)), free_memory(device)
-    if free is not None and needed > (1 - SPARED) * free:
-        raise UserError(
-            f"data.on_device needs {needed / 2**30:.1f} GiB for {count:,} {what} images of "
-            f"{shape[1]}x{shape[2]}, {free / 2**30:.1f} GiB are free on {device}; a smaller "
-            "on_device_size needs less"
-        )
-    return torch.zeros((count, *shape), dtype=torch.uint8, device=device)
 
 
 def free_memory(device: torch.device) -> int | None:

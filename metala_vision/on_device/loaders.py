@@ -31,7 +31,8 @@ class Augmentation:
     """The training augmentation of a configuration, for batches of bytes.
 
     Crop, mirroring and jitter are those of the other loader to the last bit, given the same crop,
-    factors and order, which are drawn from other numbers.
+    factors and order, which are drawn from other numbers. Erased patches are cut from one square of
+    noise.
 
     Args:
         config: of the data. shape: (C, S, S), of the result. mean, std: C of each, or one, where
@@ -137,20 +138,23 @@ class EvaluationBatches:
         self.dataset = kept.images  # has the length of the part
         self.kept, self.batch_size = kept, batch_size
         self.mean, self.std = mean, std
-        self.order = torch.tensor(list(order))
+        device = kept.images.device
+        self.order = torch.tensor(list(order), device=device)
+        self.lost = torch.isin(
+            self.order, torch.tensor([*kept.unreadable, len(kept.images)], device=device)
+        )
 
     def __len__(self) -> int:
         return -(-len(self.order) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        images, device = self.kept.images, self.kept.images.device
-        bad = torch.tensor([*self.kept.unreadable, len(images)])
-        for positions in self.order.split(self.batch_size):
-            lost = torch.isin(positions, bad).to(device)
-            where = positions.clamp_max(len(images) - 1).to(device)
+        images = self.kept.images
+        parts = (self.order.split(self.batch_size), self.lost.split(self.batch_size))
+        for positions, lost in zip(*parts, strict=True):
+            where = positions.clamp_max(len(images) - 1)
             x = colour.normalise(images[where], self.mean, self.std)
             x = torch.where(lost[:, None, None, None], 0.0, x)
-            yield x, torch.where(lost, -1 - positions.to(device), self.kept.targets[where])
+            yield x, torch.where(lost, -1 - positions, self.kept.targets[where])
 
 
 def create_batches(
