@@ -27,7 +27,7 @@ class Sweep:
 
     Args:
         devices: what CUDA_VISIBLE_DEVICES is for each of the commands that run at a time; None
-            leaves it as it is.
+            leaves it as it is. Several share the cores, unless OMP_NUM_THREADS is set.
     """
 
     def __init__(self, devices: Sequence[str | None] = (None,)) -> None:

@@ -41,6 +41,21 @@ def test_runs_on_two_devices_run_at_once_each_with_its_own(monkeypatch, tmp_path
     assert {(tmp_path / f"{name}.txt").read_text() for name in "ab"} == {"4\n", "7\n"}
 
 
+@pytest.mark.parametrize(
+    ("devices", "given", "found"),
+    [([None], None, ""), ([None] * 3, None, "2"), ([None] * 9, None, "1"), ([None] * 3, "5", "5")],
+)
+def test_runs_at_a_time_share_the_cores(devices, given, found, monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    script(monkeypatch, tmp_path, 'echo "$OMP_NUM_THREADS"')
+    with Sweep(devices) as sweep:
+        assert sweep.run("x", [], tmp_path / "log.txt") is None
+    assert (tmp_path / "log.txt").read_text() == f"{found}\n"
+
+
 def test_a_device_runs_one_at_a_time(monkeypatch, tmp_path):
     script(
         monkeypatch, tmp_path,
