@@ -10,7 +10,6 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from .errors import UnreadableImage, UserError, one_line
@@ -153,6 +152,8 @@ class DigitsSource:
     """The 1,797 handwritten digits, 8x8 grey, that scikit-learn carries (UCI, 43 writers)."""
 
     def __init__(self) -> None:
+        from sklearn.datasets import load_digits  # two seconds, which few runs need
+
         digits: Any = load_digits()
         self.images = (digits.images * (255 / 16)).round().astype(np.uint8)
         self.classes = [str(name) for name in digits.target_names]

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sklearn.model_selection import train_test_split
 
 from .archives import HubSource, read_shards, read_tar
 from .catalogue import CATALOGUE
@@ -281,6 +280,8 @@ def _hold_out(root: Path | None, source: Source, config: DataConfig, where: str)
         raise UserError(
             f"cannot hold out {fraction} of each class of {where}: class {name!r} has one image"
         )
+    from sklearn.model_selection import train_test_split  # two seconds, which few runs need
+
     try:
         parts: Any = train_test_split(
             range(len(source.targets)),
