@@ -101,6 +101,7 @@ def test_layers_take_the_orders_in_turn_or_split_their_heads():
     assert in_turn.forward_features(x).shape == split.forward_features(x).shape == (1, 8, 6, 32)
 
 
+@pytest.mark.export
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 @pytest.mark.parametrize("name", ["column", "hilbert", "spiral", ("raster", "morton")], ids=str)
 def test_scans_script_and_compile_to_the_same_numbers(name):

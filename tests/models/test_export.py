@@ -42,6 +42,7 @@ ANY_SIZE += [
 ]
 
 
+@pytest.mark.export
 @pytest.mark.parametrize(("name", "scan"), ANY_SIZE)
 def test_exports_any_size(name, scan):
     model = small(name, scans=scan, direction="bidirectional")
