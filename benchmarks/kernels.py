@@ -21,7 +21,6 @@ the portable form and SDPA on the CPU at small sizes, to show that it works.
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import pictures
 import torch
@@ -37,7 +36,19 @@ from gpu_timing import (
     peak_mebibytes,
     synchronize,
 )
-from results import DIED, NOT_RUN, OK, OUT_OF_MEMORY, Budget, begin, command, put, read, save
+from results import (
+    DIED,
+    NOT_RUN,
+    OK,
+    OUT_OF_MEMORY,
+    Budget,
+    begin,
+    command,
+    put,
+    run_and_show,
+    save,
+    shown,
+)
 from torch import Tensor
 
 from metala_vision.errors import UserError, one_line
@@ -208,21 +219,11 @@ def show(result: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    measured = commands.add_parser("run", help="measure")
-    measured.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    parser, measured = run_and_show(__doc__)
     measured.add_argument("--lengths", type=int, nargs="+", metavar="N", help="only these")
     measured.add_argument("--minutes", type=float, default=1e4, help="to take at most")
-    view = commands.add_parser("show", help="a table of a file, and a plot")
-    view.add_argument("file", type=Path)
-    view.add_argument("--plot", type=Path, help="the PNG file to write")
     arguments = parser.parse_args()
-    if arguments.command == "show":
-        result = read(arguments.file)
-        show(result)
-        if arguments.plot:
-            pictures.kernels(result, arguments.plot)
+    if shown(arguments, show, pictures.kernels):
         return
     lengths = [N for N, _, _ in SHAPES]
     if unknown := [N for N in arguments.lengths or () if N not in lengths]:

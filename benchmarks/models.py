@@ -57,8 +57,9 @@ from results import (
     last_line,
     limited,
     put,
-    read,
+    run_and_show,
     save,
+    shown,
 )
 from torch import nn
 
@@ -264,7 +265,7 @@ def run(arguments: argparse.Namespace) -> None:
     peers = [text.partition("=")[0] for text in arguments.peer]
     for text in arguments.peer:
         peer(text)
-    out, budget = Path(arguments.out), Budget(arguments.minutes)
+    out, budget = arguments.out, Budget(arguments.minutes)
     result = begin(out, header("models"))
     jobs = plan(arguments.models, peers, arguments.sizes, arguments.ways)
     for job in jobs:
@@ -324,10 +325,8 @@ def show(result: dict) -> None:
         print(line(row))
 
 
-def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    commands = parser.add_subparsers(dest="command", required=True)
-    measured = commands.add_parser("run", help="measure")
-    measured.add_argument("--out", required=True, help="the JSON file to write or to go on with")
+def parse() -> argparse.Namespace:
+    parser, measured = run_and_show(__doc__)
     measured.add_argument("--minutes", type=float, default=1e4, help="to take at most")
     measured.add_argument("--sizes", type=int, nargs="+", default=list(BATCHES), metavar="PIXELS")
     default = [OURS, DEIT, *SMALL, *COMPARATORS] if GPU else [OURS, DEIT]
@@ -344,9 +343,6 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     )
     measured.add_argument("--child", help=argparse.SUPPRESS)
     measured.add_argument("--only-compile", action="store_true", help=argparse.SUPPRESS)
-    view = commands.add_parser("show", help="a table of a file, and a plot")
-    view.add_argument("file", type=Path)
-    view.add_argument("--plot", type=Path, help="the PNG file to write")
     arguments: Any = parser.parse_args()
     if arguments.command == "run":
         if arguments.compiled:
@@ -367,13 +363,10 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def main() -> None:
-    arguments = parse(argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]))
-    if arguments.command == "show":
-        result = read(arguments.file)
-        show(result)
-        if arguments.plot:
-            pictures.models(result, arguments.plot)
-    elif arguments.child:
+    arguments = parse()
+    if shown(arguments, show, pictures.models):
+        return
+    if arguments.child:
         child(arguments)
     else:
         run(arguments)

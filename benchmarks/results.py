@@ -4,6 +4,7 @@ A file holds what it was measured on (`gpu_timing.header`) and `rows`; a run tha
 there goes on with the rows that are missing. Nothing here needs torch.
 """
 
+import argparse
 import contextlib
 import json
 import os
@@ -151,6 +152,34 @@ def last_line(log: Path) -> str:
     """The last line with text of a log: of a traceback, what went wrong."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
     return next((line.strip() for line in reversed(lines) if line.strip()), "no output")[:300]
+
+
+def run_and_show(doc: str | None) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """The parser of a script that measures and shows, and that of its `run`."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    measured = commands.add_parser("run", help="measure")
+    measured.add_argument(
+        "--out", type=Path, required=True, help="the JSON file to write or to go on with"
+    )
+    view = commands.add_parser("show", help="a table of a file, and a plot")
+    view.add_argument("file", type=Path)
+    view.add_argument("--plot", type=Path, help="the PNG file to write")
+    return parser, measured
+
+
+def shown(
+    arguments: argparse.Namespace, show: Callable[[dict], None],
+    plot: Callable[[dict, Path], object],
+) -> bool:  # fmt: skip
+    """Whether a file was to be shown, which is done then."""
+    if arguments.command != "show":
+        return False
+    result = read(arguments.file)
+    show(result)
+    if arguments.plot:
+        plot(result, arguments.plot)
+    return True
 
 
 def command(main: Callable[[], None]) -> None:

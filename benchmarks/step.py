@@ -24,7 +24,6 @@ import time
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -33,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from gpu_timing import DEVICE, GPU, header, headline, synchronize, trace
 from models import build
-from results import OK, begin, command, put, read, save
+from results import OK, begin, command, put, run_and_show, save, shown
 from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils._pytree import tree_leaves
@@ -342,23 +341,13 @@ def show(result: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    measured = commands.add_parser("run", help="measure")
-    measured.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    parser, measured = run_and_show(__doc__)
     measured.add_argument("--model", default="metala_tiny", help="one of the metala_* models")
     measured.add_argument("--batch", type=int, default=256 if GPU else 2)
     measured.add_argument("--size", type=int, default=224 if GPU else 64)
     measured.add_argument("--no-compile", action="store_true", help="eager alone")
-    view = commands.add_parser("show", help="a table of a file, and a plot")
-    view.add_argument("file", type=Path)
-    view.add_argument("--plot", type=Path, help="the PNG file to write")
     arguments = parser.parse_args()
-    if arguments.command == "show":
-        result = read(arguments.file)
-        show(result)
-        if arguments.plot:
-            pictures.step(result, arguments.plot)
+    if shown(arguments, show, pictures.step):
         return
     if arguments.batch < 1 or arguments.size < 16 or arguments.size % 16:
         raise UserError(

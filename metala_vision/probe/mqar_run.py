@@ -19,6 +19,7 @@ from metala_vision.files import replacing, write_text
 
 from .mqar_data import IGNORED, RecallTask, recall_examples
 from .mqar_model import RecallModel, state_floats
+from .mqar_settings import RecallSettings
 
 # What a run's file holds beside the fields of RecallRun.
 FOUND = (
@@ -28,11 +29,10 @@ SHUFFLED = 2  # with a seed, the random numbers of an epoch; 0 and 1 are the spl
 
 
 @dataclass(frozen=True)
-class RecallRun:
+class RecallRun(RecallSettings):
     """What one training is; every number that is not here follows from them.
 
-    seed is that of data, weights, order and dropout. batch_size is of training; stop_at the test
-    accuracy above which training ends.
+    seed is that of data, weights, order and dropout, batch_size that of training.
     """
 
     mixer: str
@@ -41,21 +41,7 @@ class RecallRun:
     dim: int
     learning_rate: float
     seed: int
-    vocab: int = 8192
-    power: float = 0.01
-    random_non_queries: bool = False
-    train_examples: int = 100_000
-    test_examples: int = 3_000
     batch_size: int = 512
-    epochs: int = 64
-    stop_at: float = 0.99
-    weight_decay: float = 0.1
-    dropout: float = 0.1
-    num_heads: int = 2
-    layers: int = 2
-    mlp_ratio: float | None = None
-    conv: str = "published"
-    precision: str = "no"
 
     @property
     def name(self) -> str:

@@ -7,13 +7,15 @@ from typing import Any
 
 from metala_vision.errors import UserError
 
+from .mqar_settings import RecallSettings
+
 CONVS = "published, causal1d, causal1d(WIDTH), none"
 LOGSPACE_4_2 = [1e-4, 4.64e-4, 2.15e-3, 1e-2]  # four from 10^-4 to 10^-2
 LOGSPACE_5_3 = [1e-5, 4.64e-5, 2.15e-4, 1e-3]
 
 
-@dataclass
-class Sweep:
+@dataclass(frozen=True, kw_only=True)
+class Sweep(RecallSettings):
     """What is trained; the defaults are MetaLA's section 6 on the data of Zoology's figure 2.
 
     mixers: families, none for all that have a causal form. lengths: (length, pairs).
@@ -21,7 +23,6 @@ class Sweep:
         from 1e-5 to 1e-3. sweep_seeds: how many of the seeds are trained at every learning rate;
         the others at the best of them alone. None for all.
     batch_size: None for 512, less from length 256 on: 65,536 tokens.
-    The other fields are those of RecallRun, the same for all runs.
     """
 
     mixers: list[str] = field(default_factory=list)
@@ -33,20 +34,6 @@ class Sweep:
     seeds: list[int] = field(default_factory=lambda: [0])
     sweep_seeds: int | None = None
     batch_size: int | None = None
-    vocab: int = 8192
-    power: float = 0.01
-    random_non_queries: bool = False
-    train_examples: int = 100_000
-    test_examples: int = 3_000
-    epochs: int = 64
-    stop_at: float = 0.99
-    weight_decay: float = 0.1
-    dropout: float = 0.1
-    num_heads: int = 2
-    layers: int = 2
-    mlp_ratio: float | None = None
-    conv: str = "published"
-    precision: str = "no"
 
     def rates(self, length: int) -> list[float]:
         """The learning rates of a length, in ascending order."""
@@ -56,8 +43,8 @@ class Sweep:
 
     def shared(self) -> dict[str, Any]:
         """What all runs of a folder have in common; the other fields may grow."""
-        grown = ("mixers", "lengths", "dims", "learning_rates", "seeds", "sweep_seeds")
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in grown}
+        names = [field.name for field in dataclasses.fields(RecallSettings)]
+        return {name: getattr(self, name) for name in ("batch_size", *names)}
 
     def run(self, mixer: str, length: tuple[int, int], dim: int, rate: float, seed: int) -> Any:
         from .mqar_run import RecallRun

@@ -1,6 +1,5 @@
 """Whole models: order, batches that fit, peers, going on, what a dead process leaves."""
 
-import argparse
 import json
 
 import pytest
@@ -16,7 +15,7 @@ Job = models.Job
 
 def parsed(monkeypatch, *arguments):
     monkeypatch.setattr("sys.argv", ["models.py", *arguments])
-    return models.parse(argparse.ArgumentParser())
+    return models.parse()
 
 
 def test_the_rows_of_the_goals_come_first_and_every_row_once():

@@ -27,12 +27,12 @@ from metala_vision.layers.conv import CONVS
 from metala_vision.layers.lower_bound import bounded_log_decay
 from metala_vision.layers.retnet import retention_log_decay
 from tests._numerics import SAME, normal, relative_rms
-from tests.layers import _by_hand
+from tests.layers import _by_hand, _eva_by_hand
 
 C, H = 16, 2
 MIXERS = {
     AttentionMixer: _by_hand.attention,
-    EVAAttentionMixer: _by_hand.eva,
+    EVAAttentionMixer: _eva_by_hand.eva,
     GLAMixer: _by_hand.gla,
     HGRN2Mixer: _by_hand.hgrn2,
     HGRNMixer: _by_hand.hgrn,
