@@ -20,9 +20,9 @@ from metala_vision.models.backbone import Backbone
 from metala_vision.visualize.command import image_files, read_images
 from metala_vision.weights.check import sha256_of
 
-from .command import Export, sidecar_of
 from .formats import DTYPES, Deployed, dynamic_shapes, write
 from .proof import Case, Proof, noise, prove
+from .wanted import Export, sidecar_of
 
 BATCHES = (1, 2, 5)  # of the noise, where the batch is free
 LEAST_TOKENS = 32  # of a graph for any size: fewer are one chunk, another graph

@@ -32,6 +32,7 @@ from .conditions_rows import (
     STEPS,
     TARGETS,
     Dynamics,
+    Fit,
     Row,
 )
 from .unified import between, read_marked
@@ -39,7 +40,6 @@ from .unified import between, read_marked
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .fit import Fit
     from .systems import System
 
 MARK = "metala-vision probe conditions"
@@ -153,7 +153,7 @@ def measure(names: Sequence[str], sizes: Sequence[int], steps: int, targets: int
 
 
 def verdicts(
-    has: tuple[bool, bool, bool], fits: "Sequence[Fit]", sizes: Sequence[int]
+    has: tuple[bool, bool, bool], fits: Sequence[Fit], sizes: Sequence[int]
 ) -> tuple[bool, bool | None, bool | None]:
     """The three conditions: the decay changes with the input; with the largest state tried every
     target is near (None where it is not, and larger ones were not tried); and, of a mixer that

@@ -1,10 +1,6 @@
 """What `metala-vision probe conditions` measures: how much of it, and the rows that it leaves."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .fit import Fit
 
 SIZES, STEPS, TARGETS = (1, 2, 4, 8, 16, 32), 500, 3
 QUICK_SIZES, QUICK_STEPS = (1, 8), 20
@@ -12,6 +8,16 @@ NEAR = 0.05  # a map that is nearer than this to its target, relative, counts as
 SHARES = (0.05, 0.5, 0.95)
 MAX_IMAGES = 16
 SIDE, INPUTS = 14, 4  # of the maps of tokens at which decays are looked at
+
+
+@dataclass
+class Fit:
+    """Errors of the best fit by target: the relative Frobenius norm, and the RMS over rows."""
+
+    name: str
+    K: int
+    error: list[float]
+    rows: list[float]
 
 
 @dataclass
@@ -38,7 +44,7 @@ class Row:
 
     name: str
     dynamics: Dynamics
-    fits: "list[Fit]"
+    fits: list[Fit]
     has: tuple[bool, bool, bool]
     parameters: dict[str, float]
     verdicts: tuple[bool, bool | None, bool | None]

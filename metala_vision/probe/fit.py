@@ -8,7 +8,6 @@ a linear model should be able to be any softmax attention map.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from metala_vision.layers import (
 )
 from metala_vision.layers.unified_instances import BOUNDED
 
-from .conditions_rows import STEPS, TARGETS
+from .conditions_rows import STEPS, TARGETS, Fit
 
 TOKENS, WIDTH = 32, 64
 RATES = (0.01, 0.03, 0.1)  # Adam's, side by side; the best counts
@@ -146,16 +145,6 @@ class _Map(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return implicit_map(self.instance, x)
-
-
-@dataclass
-class Fit:
-    """Errors of the best fit by target: the relative Frobenius norm, and the RMS over rows."""
-
-    name: str
-    K: int
-    error: list[float]
-    rows: list[float]
 
 
 def fit(

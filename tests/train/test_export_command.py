@@ -15,7 +15,7 @@ from timm.models import save_for_hf
 from metala_vision.cli import main
 from metala_vision.errors import UserError
 from metala_vision.evaluate import load_model
-from metala_vision.export import artefact, command, proof
+from metala_vision.export import artefact, proof, wanted
 from tests.conftest import SMALL_MODEL
 
 BLOCKED = "import sys; sys.modules['metala_vision'] = sys.modules['timm'] = None\n"
@@ -189,7 +189,7 @@ def test_a_file_that_does_not_load_is_refused(checkpoint, tmp_path, monkeypatch,
         path.write_bytes(b"no archive")
 
     monkeypatch.setattr(artefact, "write", broken)
-    monkeypatch.setattr(command, "_check_onnx", lambda: None)
+    monkeypatch.setattr(wanted, "_check_onnx", lambda: None)
     line = refused(capsys, checkpoint, "onnx", tmp_path / "x.onnx")
     assert line.startswith("the onnx file does not run by itself: ") and "x." in line
     assert not list(tmp_path.iterdir())
@@ -229,7 +229,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("flags", "message"), MISTAKES, ids=lambda x: str(x)[:40])
 def test_a_mistake_is_one_line(flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "_check_onnx", lambda: None)
+    monkeypatch.setattr(wanted, "_check_onnx", lambda: None)
     given = ["export", "metala_nano", "--format", "torch", "--out", "x.pt2", *flags]
     assert main(given) == 2
     told = capsys.readouterr()
@@ -289,7 +289,7 @@ def test_every_kind_of_model_in_every_format(name, kind, tmp_path, capsys):
     else:
         folder = small(tmp_path, f"{name}_nano")
     capsys.readouterr()
-    out = tmp_path / f"x{command.SUFFIXES[kind]}"
+    out = tmp_path / f"x{wanted.SUFFIXES[kind]}"
     assert export(folder, kind, out) == 0
     told = capsys.readouterr()
     assert told.err == "" and "top-1 is eager's on 8 of 8" in told.out
@@ -302,7 +302,7 @@ def test_every_kind_of_model_in_every_format(name, kind, tmp_path, capsys):
 def test_sixteen_bits(dtype, kind, tmp_path, capsys):
     if (dtype, kind) == ("bfloat16", "onnx"):
         pytest.skip("onnxruntime has no bfloat16 on a CPU; refused")
-    out = tmp_path / f"x{command.SUFFIXES[kind]}"
+    out = tmp_path / f"x{wanted.SUFFIXES[kind]}"
     assert export(small(tmp_path), kind, out, "--dtype", dtype) == 0
     facts = json.loads(out.with_name(f"{out.name}.json").read_text())["proof"]
     assert 1e-4 < facts["eager"] < 2e-2 and facts["file"] <= 2 * facts["eager"]
