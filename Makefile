@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# A process a core, each with one thread: the tensors are small.
-PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+# A process a core, each with one thread: the tensors are small. They are tests of the CPU's ways.
+PARALLEL = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: quickstart test test-launch test-kernels test-export test-timm test-slow test-gpu check bench bench-gpu report clean
 

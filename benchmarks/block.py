@@ -15,16 +15,15 @@ and as the kernel that a GPU runs. The last rows are the whole block, and the bl
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from gpu_timing import DEVICE, DTYPE, GPU, header, headline
-from results import command, save
+from gpu_timing import DEVICE, DTYPE, GPU, header, headline, in_turn
+from gpu_timing import milliseconds as alone
+from results import command, put, save
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -140,20 +139,12 @@ def counted(batch: int, size: int) -> dict[str, dict[str, float]]:
 def milliseconds(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Median time of each; on a CPU in turn, on a GPU with the cache cold."""
     if GPU:
-        from triton.testing import do_bench
-
-        return {name: float(do_bench(c, return_mode="median")) for name, c in calls.items()}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(repeats + 2):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if i >= 2:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(column) for name, column in times.items()}
+        return {name: alone(call) for name, call in calls.items()}
+    return dict(zip(calls, in_turn(list(calls.values()), repeats), strict=True))
 
 
-def timed(batch: int, size: int, repeats: int) -> dict[str, dict[str, float]]:
+def timed(batch: int, size: int, repeats: int) -> Iterator[tuple[str, dict[str, float]]]:
+    """A column after the other: {part: milliseconds} of `forward`, and of `step`."""
     found = parts(DEVICE.type, DTYPE, batch, size)
     if not GPU:
         del found[KERNELS[1]]
@@ -170,19 +161,18 @@ def timed(batch: int, size: int, repeats: int) -> dict[str, dict[str, float]]:
     def step(part: Part) -> Callable[[], object]:
         inputs = [x.detach().requires_grad_() for x in part[1]]
         parameters = list(part[0].parameters()) if isinstance(part[0], torch.nn.Module) else []
+        ones: list[Tensor] = []  # the gradient that comes in, beside the time
 
         def call() -> None:
             out = [x for x in tree_leaves(part[0](*inputs)) if x.requires_grad]
-            ones = [torch.ones_like(x) for x in out]
+            if not ones:
+                ones.extend(torch.ones_like(x) for x in out)
             torch.autograd.grad(out, [*inputs, *parameters], ones, allow_unused=True)
 
         return call
 
-    columns = {
-        "forward": milliseconds({n: forward(p) for n, p in found.items()}, repeats),
-        "step": milliseconds({n: step(p) for n, p in found.items()}, repeats),
-    }
-    return {name: {key: column[name] for key, column in columns.items()} for name in found}
+    yield "forward", milliseconds({n: forward(p) for n, p in found.items()}, repeats)
+    yield "step", milliseconds({n: step(p) for n, p in found.items()}, repeats)
 
 
 def main() -> None:
@@ -200,10 +190,15 @@ def main() -> None:
     head = header("block")
     print(f"{headline(head)}, {DTYPE}, batch {arguments.batch} at {arguments.size} px")
     counts = counted(arguments.batch, arguments.size)
-    times = timed(arguments.batch, arguments.size, arguments.repeats)
-    names = [*counts, *(name for name in times if name not in counts)]
-    names.sort(key=lambda name: name.startswith("whole"))
-    rows = [{"part": name, **counts.get(name, {}), **times.get(name, {})} for name in names]
+    rows = [{"part": name, **row} for name, row in counts.items()]
+    fields = {"batch": arguments.batch, "size": arguments.size}
+    for column, times in timed(arguments.batch, arguments.size, arguments.repeats):
+        for name, ms in times.items():
+            old = next((row for row in rows if row["part"] == name), {"part": name})
+            put({"rows": rows}, {**old, column: ms}, ("part",))
+        rows.sort(key=lambda row: row["part"].startswith("whole"))
+        if arguments.out:  # what is there, should the second column be stopped
+            save(arguments.out, {**head, **fields, "rows": rows})
     print("| part | launches | bytes | floor | forward ms | forward and backward ms |")
     print("|---|---|---|---|---|---|")
     for row in rows:
@@ -213,9 +208,6 @@ def main() -> None:
         ]
         cells += [f"{row[key]:.3f}" if key in row else "not run" for key in ("forward", "step")]
         print("| " + " | ".join([row["part"], *cells]) + " |")
-    if arguments.out:
-        fields = {"batch": arguments.batch, "size": arguments.size}
-        save(arguments.out, {**head, **fields, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,37 +1,54 @@
 """One command for a session on a GPU: tests, sanitizer, and every benchmark, within minutes.
 
-    python benchmarks/gpu.py --out DIR --minutes M [--only STAGE ...] [--peer NAME=FILE.py:FUNCTION]
+    python benchmarks/gpu.py --out DIR --minutes M [--only STAGE ...] [--retry] [--pack FILE.tar.gz]
+        [--peer NAME=FILE.py:FUNCTION]
 
 The stages, in this order, each with its share of the time that is left:
 
 tests      pytest -m gpu in parts, in several processes (tests.json: names of what failed)
 sanitizer  compute-sanitizer on the forward and backward kernels (tests.json)
-kernels, scans, models, step, block   the benchmarks of these names
+operators, models, step, scans, block   the benchmarks of these names
 
 A stage that fails or is stopped does not keep the others from running. All that is made lies in
 DIR: JSON, a log for each stage (STAGE.txt), pictures, and summary.txt, which is printed last. A
-second call with the same DIR goes on with what is missing. Where the checkout is without git,
-METALA_VISION_COMMIT names the commit. Without a GPU the tests are skipped,
-each by its own mark, and the benchmarks run at their small sizes, to show that it works.
+second call with the same DIR goes on with what is missing, with --retry also with what failed.
+--pack keeps DIR as one archive too, made anew after every stage: for a machine that may be taken
+away. Where the checkout is without git, METALA_VISION_COMMIT names the commit. Without a GPU the
+tests are skipped, each by its own mark, and the benchmarks run at their small sizes, to show that
+it works.
 """
 
 import argparse
 import importlib.util
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable
+import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
-from gpu_timing import GPU, ROOT, header, headline
-from results import DIED, NOT_RUN, OK, Budget, begin, command, last_line, limited, put, read, save
+from gpu_timing import GPU, ROOT, failure, header, headline
+from results import (
+    FAILED,
+    NOT_RUN,
+    OK,
+    Budget,
+    begin,
+    command,
+    last_line,
+    limited,
+    put,
+    read,
+    save,
+    settled,
+)
 
 from metala_vision.errors import UserError
-from metala_vision.files import write_text
+from metala_vision.files import check_outputs, replacing, write_text
 
 # Stages and their shares; the tests are most of what has to be known.
-SHARES = {"tests": 30, "sanitizer": 14, "kernels": 13, "models": 28, "step": 8, "scans": 4,
+SHARES = {"tests": 30, "sanitizer": 14, "operators": 13, "models": 28, "step": 8, "scans": 4,
           "block": 3}  # fmt: skip
 LARGE = ("test_the_error_rule", "test_every_mode", "test_the_gated_norm",
          "test_the_linear_recurrence", "test_the_selective_scan")  # fmt: skip
@@ -45,7 +62,7 @@ PARTS = {
 }
 SANITIZER = {"sanitizer": (KERNELS, "sanitizer")}
 MOST_FAILURES = 40  # of a part, which ends there
-FAILURES, STOPPED = "failures", "stopped"  # the tests' own; all were run, or not
+FAILURES, STOPPED = "failures", "stopped"  # all were run, or not
 HERE = Path(__file__).resolve().parent
 
 
@@ -55,6 +72,7 @@ class Session(NamedTuple):
     out: Path
     peers: list[str]
     workers: int
+    retry: bool
 
 
 def outcomes(log: str) -> dict[str, str]:
@@ -85,16 +103,40 @@ def test_row(part: str, status: int | None, log: str) -> dict:
         word: sum(outcome == word.upper() for outcome in found.values())
         for word in ("passed", "skipped")
     }
-    if status is None:
+    if status is None or len(names) >= MOST_FAILURES:
         state = STOPPED
     elif names or status == 1:
         state = FAILURES
     else:
-        state = OK if status in (0, 5) else f"failed: pytest ended with {status}"
+        said = next((line for line in reversed(log.splitlines()) if line.strip()), "no output")
+        end = f"{FAILED}: pytest ended with {status}: {said.strip(' =')[:200]}"
+        state = OK if status in (0, 5) else end
     failures = [{"test": name, "why": why.get(name, "")} for name in names]
     if len(failures) >= MOST_FAILURES:
         failures.append({"test": "the tests behind these", "why": NOT_RUN})
     return {"part": part, "status": state, **counts, "failed": len(names), "failures": failures}
+
+
+def pytest_line(session: Session, part: str, file: str, word: str, before: str) -> list[str]:
+    """pytest over a part, without those that have passed by the log `before`."""
+    # Warnings of another machine's versions are no failures of ours.
+    line = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-W", "default"]
+    line += ["-p", "no:cacheprovider", "--maxfail", str(MOST_FAILURES), file, "-k", word]
+    # Two tests of the sanitizer, in turn: each takes the GPU for itself.
+    if session.workers > 1 and part != "sanitizer" and importlib.util.find_spec("xdist"):
+        line += ["-n", str(session.workers), "--dist", "worksteal"]
+    # pytest leaves out what begins so: the name of a test may begin that of another, unless it ends
+    # with its parameters.
+    passed = [
+        name
+        for name, state in outcomes(before).items()
+        if state in ("PASSED", "SKIPPED") and name.endswith("]")
+    ]
+    if passed:
+        chosen = session.out / f"tests_{part}.args"
+        write_text(chosen, "".join(f"--deselect={name}\n" for name in passed))
+        line += [f"@{chosen}"]
+    return line
 
 
 def tests(session: Session, seconds: float, parts: dict[str, tuple[str, str]]) -> str:
@@ -102,7 +144,8 @@ def tests(session: Session, seconds: float, parts: dict[str, tuple[str, str]]) -
     path = session.out / "tests.json"
     result = begin(path, header("tests"))
     budget = Budget(seconds / 60)
-    done = {row["part"] for row in result["rows"] if row["status"] in (OK, FAILURES)}
+    ended = (OK,) if session.retry else (OK, FAILURES)
+    done = {row["part"] for row in result["rows"] if row["status"] in ended}
     waiting = [part for part in parts if part not in done]
     for i, part in enumerate(waiting):
         # A minute at least: every part first imports and collects, in every process.
@@ -111,22 +154,9 @@ def tests(session: Session, seconds: float, parts: dict[str, tuple[str, str]]) -
             break
         log = session.out / f"tests_{part}.txt"
         before = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-        # Warnings of another machine's versions are no failures of ours.
-        line = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-W", "default"]
-        line += ["-p", "no:cacheprovider", "--maxfail", str(MOST_FAILURES)]
-        line += [parts[part][0], "-k", parts[part][1]]
-        # Two tests of the sanitizer, in turn: each takes the GPU for itself.
-        if session.workers > 1 and part != "sanitizer" and importlib.util.find_spec("xdist"):
-            line += ["-n", str(session.workers), "--dist", "worksteal"]
-        # Of a part that was stopped, what has passed is not run again.
-        passed = [
-            name for name, state in outcomes(before).items() if state in ("PASSED", "SKIPPED")
-        ]
-        if passed:
-            chosen = session.out / f"tests_{part}.args"
-            write_text(chosen, "".join(f"--deselect={name}\n" for name in passed))
-            line += [f"@{chosen}"]
-        status = limited(line, share, log)
+        # By SIGINT pytest ends with its summary of what failed until then.
+        line = pytest_line(session, part, *parts[part], before)
+        status = limited(line, share, log, first=signal.SIGINT)
         text = log.read_text(encoding="utf-8", errors="replace")
         put(result, test_row(part, status, text), ("part",))
         save(path, result)
@@ -140,43 +170,44 @@ def benchmark(session: Session, seconds: float, name: str) -> str:
     """A script of this folder; where its process died it is called again, for the rows behind."""
     out, log = session.out / f"{name}.json", session.out / f"{name}.txt"
     budget = Budget(seconds / 60)
-    line = [sys.executable, str(HERE / f"{name}.py"), "--out", str(out)]
-    if name in ("kernels", "models", "step"):
-        line.insert(2, "run")
+    line = [sys.executable, str(HERE / f"{name}.py")]
+    line += ["--out", str(out)] if name == "block" else ["run", "--out", str(out)]
     if name == "models":
         line += [flag for text in session.peers for flag in ("--peer", text)]
     if name == "step" and not GPU:
         line += ["--no-compile"]  # minutes
-    status = None
+    status, retry = None, session.retry and name != "block"
     for _ in range(3):
-        more = []
-        if name in ("kernels", "models"):  # they stop by themselves, a little before
-            more = ["--minutes", f"{max(0.05, (0.95 * budget.left() - 10) / 60):.3f}"]
+        more = ["--retry"] if retry else []
+        if name in ("operators", "models", "scans"):  # they stop by themselves, a little before
+            more += ["--minutes", f"{max(0.05, (0.95 * budget.left() - 10) / 60):.3f}"]
         status = limited([*line, *more], budget.left(), log)
         if status in (None, 0, 2) or budget.left() < 10:
             break
+        retry = False  # not what the process has just died of
+    result = read(out) if out.exists() else {"rows": []}
     if status is None:
         if out.exists():  # a row that was being measured did not die of itself
-            result = read(out)
-            for row in result["rows"]:
-                row["status"] = NOT_RUN if row.get("status") == DIED else row.get("status", OK)
-            save(out, result)
+            save(out, settled(result, NOT_RUN))
         return STOPPED
     if status:
-        return f"failed: {last_line(log)}"
-    unfinished = any(row.get("status") == NOT_RUN for row in read(out)["rows"])
-    return STOPPED if unfinished else OK
+        return f"{FAILED}: {last_line(log)}"
+    states = [row.get("status", OK) for row in result["rows"]]
+    if NOT_RUN in states:
+        return STOPPED
+    return FAILURES if failures(result) else OK
 
 
-STAGES: dict[str, Callable[[Session, float], str]] = {
-    "tests": lambda session, seconds: tests(session, seconds, PARTS),
-    "sanitizer": lambda session, seconds: tests(session, seconds, SANITIZER),
-    **{
-        name: lambda session, seconds, name=name: benchmark(session, seconds, name)
-        for name in SHARES
-        if name not in ("tests", "sanitizer")
-    },
-}
+def failures(result: dict) -> list[dict]:
+    """Rows that were not measured for another reason than time or memory."""
+    return [r for r in result["rows"] if r.get("status", OK).startswith((FAILED, STOPPED))]
+
+
+def stage(session: Session, seconds: float, name: str) -> str:
+    """Runs it; what became of it."""
+    if name in ("tests", "sanitizer"):
+        return tests(session, seconds, PARTS if name == "tests" else SANITIZER)
+    return benchmark(session, seconds, name)
 
 
 def allotted(stage: str, waiting: list[str], left: float) -> float:
@@ -187,33 +218,47 @@ def allotted(stage: str, waiting: list[str], left: float) -> float:
 
 def run(arguments: argparse.Namespace) -> None:
     budget = Budget(arguments.minutes)
-    session = Session(arguments.out, arguments.peer, arguments.workers)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / "gpu.json"
+    out, pack = arguments.out, arguments.pack
+    session = Session(out, arguments.peer, arguments.workers, arguments.retry)
+    path = out / "gpu.json"
     result = begin(path, header("gpu"))
-    done = {row["stage"] for row in result["rows"] if row["status"] in (OK, FAILURES)}
+    ended = (OK,) if arguments.retry else (OK, FAILURES)
+    done = {row["stage"] for row in result["rows"] if row["status"] in ended}
     waiting = [name for name in SHARES if name in arguments.only and name not in done]
-    end = 15 if GPU else 5  # seconds for the pictures and the summary
+    end = 30 if GPU else 5  # seconds for the pictures and the summary
     while waiting:
-        stage = waiting[0]
-        seconds = allotted(stage, waiting, max(0.0, budget.left() - end))
+        name = waiting[0]
+        seconds = allotted(name, waiting, max(0.0, budget.left() - end))
         before = budget.left()
         try:
-            status = STAGES[stage](session, seconds) if seconds > 1 else NOT_RUN
+            status = stage(session, seconds, name) if seconds > 1 else NOT_RUN
         except UserError as error:
-            status = f"failed: {error.line}"
-        row = {"stage": stage, "status": status, "seconds": round(before - budget.left(), 1)}
+            status = f"{FAILED}: {error.line}"
+        except Exception as error:  # ours: the stages behind it know nothing of it
+            status = failure(error)
+        row = {"stage": name, "status": status, "seconds": round(before - budget.left(), 1)}
         put(result, row, ("stage",))
         save(path, result)
-        print(f"{stage}: {status}, {row['seconds']} s", flush=True)
+        print(f"{name}: {status}, {row['seconds']} s", flush=True)
         waiting.pop(0)
-    log = arguments.out / "report.txt"
+        archive(out, pack)
+    write_text(out / "summary.txt", summary(out, result))
+    archive(out, pack)
+    log = out / "report.txt"
     log.unlink(missing_ok=True)
-    line = [sys.executable, str(HERE / "report.py"), "--results", str(arguments.out)]
-    limited([*line, "--docs", str(arguments.out), "--print"], 60, log)
-    text = summary(arguments.out, result)
-    write_text(arguments.out / "summary.txt", text)
+    line = [sys.executable, str(HERE / "report.py"), "--results", str(out)]
+    limited([*line, "--docs", str(out), "--print"], max(5.0, budget.left()), log)
+    text = summary(out, result)
+    write_text(out / "summary.txt", text)
+    archive(out, pack)
     print(text)
+
+
+def archive(folder: Path, file: Path | None) -> None:
+    """The folder as one file, whole or as it was."""
+    if file is not None:
+        with replacing(file) as fresh, tarfile.open(fresh, "w:gz") as packed:
+            packed.add(folder, folder.name)
 
 
 def summary(out: Path, result: dict) -> str:
@@ -229,8 +274,13 @@ def summary(out: Path, result: dict) -> str:
         for row in read(out / "tests.json")["rows"]:
             lines.append(f"tests, {row['part']}: {row['passed']} passed, {row['failed']} failed, "
                          f"{row['skipped']} skipped, {row['status']}")  # fmt: skip
-            for failure in row["failures"][:6]:
-                lines.append(f"  {failure['test'].split('::')[-1]}: {failure['why'][:100]}")
+            for failed in row["failures"][:6]:
+                lines.append(f"  {failed['test'].split('::')[-1]}: {failed['why'][:100]}")
+    for name in ("operators", "models", "scans", "step"):
+        if (out / f"{name}.json").exists():
+            for row in failures(read(out / f"{name}.json"))[:12]:
+                what = [str(row[key]) for key in row if key not in ("status", "bytes", "floor_ms")]
+                lines.append(f"{name}, {' '.join(what)}: {row['status'][:150]}")
     return "\n".join(lines) + "\n"
 
 
@@ -239,6 +289,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--minutes", type=float, required=True, help="to take at most")
     parser.add_argument("--only", nargs="+", default=list(SHARES), metavar="STAGE")
+    parser.add_argument("--retry", action="store_true", help="also what failed or was stopped")
+    parser.add_argument("--pack", type=Path, metavar="FILE.tar.gz", help="DIR as one file too")
     parser.add_argument("--peer", action="append", default=[], help="of models.py")
     cores = os.cpu_count() or 1
     parser.add_argument("--workers", type=int, default=max(1, min(8, cores // 2)),
@@ -251,6 +303,15 @@ def main() -> None:
     if arguments.out.exists() and not arguments.out.is_dir():
         raise UserError(f"--out {arguments.out} is no folder")
     arguments.out = arguments.out.resolve()
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make --out {arguments.out}: {error.strerror}") from error
+    if arguments.pack:
+        arguments.pack = arguments.pack.resolve()
+        if arguments.out in arguments.pack.parents:
+            raise UserError(f"--pack {arguments.pack} lies in --out, which it is to hold")
+    check_outputs({"--pack": arguments.pack})
     os.chdir(ROOT)
     run(arguments)
 

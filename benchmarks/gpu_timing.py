@@ -11,11 +11,14 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from results import FAILED, OK, OUT_OF_MEMORY
 from torch.profiler import ProfilerActivity, profile
+
+from metala_vision.errors import one_line
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -29,13 +32,19 @@ def milliseconds(call: Callable[[], object]) -> float:
         from triton.testing import do_bench
 
         return float(do_bench(call, warmup=50, rep=200, return_mode="median"))
-    call()
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        call()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
+    return in_turn([call], 5)[0]
+
+
+def in_turn(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """Median milliseconds of each on a CPU, one after the other, after two rounds to warm up."""
+    times: list[list[float]] = [[] for _ in calls]
+    for i in range(repeats + 2):
+        for call, column in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            if i >= 2:
+                column.append(1e3 * (time.perf_counter() - start))
+    return [statistics.median(column) for column in times]
 
 
 def step_milliseconds(call: Callable[[], object], seconds: float = 2.0) -> float:
@@ -51,12 +60,7 @@ def step_milliseconds(call: Callable[[], object], seconds: float = 2.0) -> float
     synchronize()
     count = max(5, min(200, round(seconds / (time.perf_counter() - start))))
     if not GPU:
-        times = []
-        for _ in range(count):
-            start = time.perf_counter()
-            call()
-            times.append(1e3 * (time.perf_counter() - start))
-        return statistics.median(times)
+        return in_turn([call], count)[0]
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     marks[0].record()
     for mark in marks[1:]:
@@ -71,14 +75,23 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def peak_mebibytes(call: Callable[[], object], whole: bool = False) -> float | None:
-    """Memory that a call takes at its fullest, above what is there before it, or the whole."""
+def held_bytes() -> int:
+    """Of the GPU's memory, by tensors that are alive."""
+    return torch.cuda.memory_allocated() if GPU else 0
+
+
+def peak_mebibytes(call: Callable[[], object], before: int | None = None) -> float | None:
+    """Memory that a call takes at its fullest, above what was held before.
+
+    Args:
+        before: bytes; None for what is held as the call begins.
+    """
     if not GPU:
         return None
     call()  # the first one may tune itself, in memory of its own
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = 0 if whole else torch.cuda.memory_allocated()
+    before = held_bytes() if before is None else before
     call()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
@@ -96,9 +109,34 @@ def trace(call: Callable[[], object]) -> list[dict]:
         return json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
 
 
-def kernel_count(call: Callable[[], object]) -> int | None:
-    """Kernels that one call launches on the GPU."""
-    return sum(event.get("cat") == "kernel" for event in trace(call)) if GPU else None
+def kernels_of(call: Callable[[], object]) -> tuple[int | None, float | None]:
+    """Kernels that one call launches on the GPU, and the milliseconds that they run in all.
+
+    None where there is no GPU, or a profiler that may not look at it.
+    """
+    found = [e["dur"] for e in trace(call) if e.get("cat") == "kernel"] if GPU else []
+    return (len(found), 1e-3 * sum(found)) if found else (None, None)
+
+
+def figures(call: Callable[[], object]) -> dict:
+    """What an operator needs, as fields of a row; its status alone where that cannot be measured.
+
+    ms is what one waits for, gpu_ms its kernels alone: at small sizes the launches take longer.
+    """
+    try:
+        peak = peak_mebibytes(call)
+        ms = milliseconds(call)
+        return {"status": OK, "ms": ms, "gpu_ms": kernels_of(call)[1], "peak_mib": peak}
+    except torch.OutOfMemoryError:
+        return {"status": OUT_OF_MEMORY}
+    except Exception as error:  # a compiler's, of others' kernels too: the next row may do
+        synchronize()  # where the device is lost, so is the process
+        return {"status": failure(error)}
+
+
+def failure(error: Exception) -> str:
+    """The status of a row that could not be measured."""
+    return f"{FAILED}: {type(error).__name__}: {one_line(error)[:200]}"
 
 
 def bandwidth() -> float:
@@ -129,9 +167,9 @@ def commit() -> str:
 
 
 def sources() -> str:
-    """A digest of the code that is measured."""
+    """A digest of the code that is measured, and measures."""
     digest = hashlib.sha256()
-    for folder in ("kernels", "metala_vision"):
+    for folder in ("benchmarks", "kernels", "metala_vision"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]

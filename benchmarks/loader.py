@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from results import command
 from timm.data import create_dataset, create_loader
 
 from metala_vision.build import create_model
 from metala_vision.config import DataConfig, ModelConfig
 from metala_vision.data import create_loaders
+from metala_vision.errors import UserError
 from metala_vision.sources import FolderSource
 from metala_vision.splits import Split
 
@@ -34,13 +36,15 @@ def epoch(draw: Callable[[], Any]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--img-size", type=int, default=224)
     given = parser.parse_args()
+    if not given.folder.is_dir():
+        raise UserError(f"there is no folder {given.folder}")
     root = given.folder / "train" if (given.folder / "train").is_dir() else given.folder
     data = DataConfig(
         batch_size=given.batch_size, workers=given.workers, auto_augment="rand-m9-mstd0.5-inc1",
@@ -74,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

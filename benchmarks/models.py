@@ -9,13 +9,14 @@ in float32 on a CPU; DeiT is timm's with PyTorch's scaled_dot_product_attention.
 
 images_s  images a second, from the median time of steps that follow each other
 peak_mib  memory at the fullest point of a step: weights, optimizer, images and all
-kernels   launched in a step
+kernels   launched in a step; gpu_ms: how long they run in all
 batch     by size, halved until a step fits
 
-Each model, size and way (compiled or not) has a process of its own, and the GPU to itself; compiled
-ones are compiled ahead, several at once, into torch's cache. Rows come in the order of importance
-until the minutes are over; what is left is "not run", and the next run with the same --out does
-that. A peer is a model of others that is not in this repository: FUNCTION(img_size) gives it.
+Each model that is compiled for a size, and each that is not, has a process of its own, and the GPU
+to itself; compiled ones are compiled ahead, several at once, into torch's cache. Rows come in the
+order of importance until the minutes are over; what is left is "not run", and the next run with the
+same --out does that. What the processes say lies beside the file, in the folder of its name. A peer
+is a model of others that is not in this repository: FUNCTION(img_size) gives it.
 """
 
 import argparse
@@ -23,13 +24,9 @@ import contextlib
 import gc
 import json
 import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pictures
 import timm
@@ -38,13 +35,16 @@ import torch.nn.functional as F
 from gpu_timing import (
     DEVICE,
     GPU,
+    failure,
     header,
     headline,
-    kernel_count,
+    held_bytes,
+    kernels_of,
     peak_mebibytes,
     step_milliseconds,
     synchronize,
 )
+from jobs import KEYS, Job, Runner, plan
 from peers import peer
 from results import (
     NOT_RUN,
@@ -53,50 +53,18 @@ from results import (
     Budget,
     begin,
     command,
-    end_group,
-    last_line,
-    limited,
     put,
     run_and_show,
     save,
     shown,
 )
-from torch import nn
+from subjects import BATCHES, COMPARATORS, DEIT, OURS, SMALL, TRAINING
+from torch import Tensor, nn
 
 from metala_vision.errors import UserError
-from metala_vision.models import FAMILIES
 
-TRAINING, INFERENCE = "training step", "inference"
-OURS, DEIT = "metala_tiny", "deit_tiny_patch16_224"
-SMALL = ("metala_small", "deit_small_patch16_224")
-COMPARATORS = tuple(f"{family}_tiny" for family in FAMILIES if family != "metala")
-# About as many tokens in each; without a GPU small ones, to show that it works.
-BATCHES = {224: 256, 512: 64, 1024: 16, 2048: 4} if GPU else {32: 2, 64: 1}
-KEYS = ("model", "size", "compiled", "what")
-
-
-class Job(NamedTuple):
-    model: str
-    size: int
-    compiled: bool
-
-
-def plan(models: list[str], peers: list[str], sizes: list[int], compiled: list[bool]) -> list[Job]:
-    """Every job once, what the goals are about first."""
-
-    def place(job: Job) -> tuple:
-        model, size, compiled = job
-        named = size in (224, 1024)
-        if model in (OURS, DEIT):
-            group = 0 if compiled and named else 1 if compiled else 4
-        elif model in SMALL or model in peers:
-            group = 2 if compiled and named else 5
-        else:
-            group = 3 if compiled and named else 6
-        return group, not named, size, [*models, *peers].index(model)
-
-    jobs = [Job(m, s, c) for m in (*models, *peers) for s in sizes for c in compiled]
-    return sorted(jobs, key=place)
+if not GPU:  # small ones, to show that it works
+    BATCHES = {32: 2, 64: 1}
 
 
 def batch_of(size: int) -> int:
@@ -112,23 +80,30 @@ def build(name: str, size: int, peers: dict[str, Callable[[int], nn.Module]]) ->
     return model.to(DEVICE)
 
 
-def training_step(model: nn.Module, forward: Callable, x: torch.Tensor) -> Callable[[], object]:
-    """A call that trains a step on these images."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
-    labels = torch.arange(len(x), device=x.device) % 10
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), target)
 
-    def step() -> None:
-        optimizer.zero_grad()
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=GPU):
-            logits = forward(x)
-            loss = F.cross_entropy(logits.float(), labels)
-        loss.backward()
-        optimizer.step()
+
+def training_step(
+    model: nn.Module, forward: Callable, x: Tensor, loss_of: Callable = cross_entropy
+) -> Callable[..., None]:
+    """A call that trains a step on these images; given `phase`, each within phase(its name)."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
+    target = torch.arange(len(x), device=x.device) % 10
+
+    def step(phase: Callable[[str], Any] = contextlib.nullcontext) -> None:
+        with phase("forward"), torch.autocast(DEVICE.type, torch.bfloat16, enabled=GPU):
+            loss = loss_of(forward(x), target)
+        with phase("backward"):
+            loss.backward()
+        with phase("optimizer"):
+            optimizer.step()
+            optimizer.zero_grad()
 
     return step
 
 
-def inference(forward: Callable, x: torch.Tensor) -> Callable[[], object]:
+def inference(forward: Callable, x: Tensor) -> Callable[[], object]:
     def call() -> None:
         with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16, enabled=GPU):
             forward(x)
@@ -158,15 +133,18 @@ def fitting(attempt: Callable[[int], dict], batch: int) -> dict:
         batch //= 2
 
 
-def measure(job: Job, what: str, batch: int, make: Callable[[], nn.Module], only_compile: bool):
-    """The row of one job."""
+def measure(
+    row: dict, batch: int, make: Callable[[], nn.Module], only_compile: bool = False
+) -> dict:
+    """The rest of a row."""
+    training = row["what"] == TRAINING
 
     def attempt(batch: int) -> dict:
-        model = make().train(what == TRAINING)
-        forward = torch.compile(model, dynamic=False) if job.compiled else model
-        x = torch.randn(batch, 3, job.size, job.size, device=DEVICE)
-        train = what == TRAINING
-        call = training_step(model, forward, x) if train else inference(forward, x)
+        before = held_bytes()  # a compiler may keep what the row before has held
+        model = make().train(training)
+        forward = torch.compile(model, dynamic=False) if row["compiled"] else model
+        x = torch.randn(batch, 3, row["size"], row["size"], device=DEVICE)
+        call = training_step(model, forward, x) if training else inference(forward, x)
         start = time.perf_counter()
         call()
         synchronize()
@@ -174,21 +152,26 @@ def measure(job: Job, what: str, batch: int, make: Callable[[], nn.Module], only
         if only_compile:
             return {}
         ms = step_milliseconds(call)
+        kernels, gpu_ms = kernels_of(call)
         return {
-            "ms": ms, "images_s": 1e3 * batch / ms, "peak_mib": peak_mebibytes(call, whole=True),
-            "kernels": kernel_count(call), "first_s": first,
+            "ms": ms, "images_s": 1e3 * batch / ms, "peak_mib": peak_mebibytes(call, before),
+            "kernels": kernels, "gpu_ms": gpu_ms, "first_s": first,
         }  # fmt: skip
 
-    if only_compile:  # what does not fit beside other processes is compiled by then
-        with contextlib.suppress(RuntimeError):
-            attempt(batch)
-        return {}
-    return {**job._asdict(), "what": what, **fitting(attempt, batch)}
+    try:
+        if only_compile:  # what does not fit beside other processes is compiled by then
+            return attempt(batch)
+        return fitting(attempt, batch)
+    except UserError:
+        raise
+    except Exception as error:  # a compiler's, or a peer's: the next row may do
+        synchronize()  # where the device is lost, so is the process
+        return {"status": failure(error)}
 
 
 def child(arguments: argparse.Namespace) -> None:
     """The rows of one job, each as a line of JSON as soon as it is there."""
-    job = Job(arguments.child, arguments.sizes[0], arguments.compiled)
+    job = Job(arguments.child, tuple(arguments.sizes), arguments.compiled)
     peers = dict(peer(text) for text in arguments.peer)
     if arguments.only_compile:
         # A kernel's launch is chosen by timing it, which is no good beside other processes: the
@@ -196,69 +179,19 @@ def child(arguments: argparse.Namespace) -> None:
         from torch._inductor import config
 
         config.autotune_local_cache = False
-    for what in (TRAINING, INFERENCE):
-        row = measure(
-            job, what, batch_of(job.size), lambda: build(job.model, job.size, peers),
-            arguments.only_compile,
-        )  # fmt: skip
+    for row in job.rows():
+        size = row["size"]
+
+        def make(size: int = size) -> nn.Module:
+            return build(job.model, size, peers)
+
+        row |= measure(row, batch_of(size), make, arguments.only_compile)
         with open(arguments.out, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         torch._dynamo.reset()
         gc.collect()
-
-
-class Runner:
-    """Processes for jobs."""
-
-    def __init__(self, peers: list[str], limit: float, folder: Path) -> None:
-        self.peers, self.limit, self.folder = peers, limit, folder
-        self.compiled: set[Job] = set()
-
-    def _command(self, job: Job, out: Path, *more: str) -> list[str]:
-        flags = [f for text in self.peers for f in ("--peer", text)]
-        flags += ["--compiled"] if job.compiled else []
-        return [
-            sys.executable, __file__, "run", "--out", str(out), "--child", job.model,
-            "--sizes", str(job.size), *flags, *more,
-        ]  # fmt: skip
-
-    def compile_ahead(self, jobs: list[Job], seconds: float) -> None:
-        """These at once; one that fails or is too slow will show itself when it is measured."""
-        started = []
-        for job in jobs:
-            self.compiled.add(job)
-            command_line = self._command(job, self.folder / "ahead", "--only-compile")
-            with (self.folder / f"ahead_{job.model}_{job.size}.txt").open("wb") as log:
-                started.append(
-                    subprocess.Popen(
-                        command_line, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-                    )
-                )
-        last = time.monotonic() + min(seconds, self.limit)
-        try:
-            for process in started:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(max(0.0, last - time.monotonic()))
-        finally:
-            for process in started:
-                end_group(process)
-
-    def rows(self, job: Job, seconds: float) -> list[dict]:
-        """A row for training and one for inference, whatever became of them."""
-        out = self.folder / f"{job.model}_{job.size}_{job.compiled}.jsonl"
-        log = out.with_suffix(".txt")
-        out.unlink(missing_ok=True)
-        log.unlink(missing_ok=True)
-        status = limited(self._command(job, out), min(seconds, self.limit), log)
-        lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
-        found = [json.loads(line) for line in lines]
-        if status is not None:
-            missing = f"failed: {last_line(log)}"
-        else:
-            missing = NOT_RUN if seconds < self.limit else f"stopped after {self.limit:.0f} s"
-        for what in (TRAINING, INFERENCE)[len(found) :]:
-            found.append({**job._asdict(), "what": what, "status": missing})
-        return found
+        if GPU:
+            torch.cuda.empty_cache()
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -266,39 +199,38 @@ def run(arguments: argparse.Namespace) -> None:
     for text in arguments.peer:
         peer(text)
     out, budget = arguments.out, Budget(arguments.minutes)
-    result = begin(out, header("models"))
+    result = begin(out, header("models"), arguments.retry)
     jobs = plan(arguments.models, peers, arguments.sizes, arguments.ways)
     for job in jobs:
-        for what in (TRAINING, INFERENCE):
-            row = {**job._asdict(), "what": what, "status": NOT_RUN}
+        for row in job.rows():
             if not any(all(old[k] == row[k] for k in KEYS) for old in result["rows"]):
-                put(result, row, KEYS)
+                put(result, {**row, "status": NOT_RUN}, KEYS)
     save(out, result)
 
-    def missing(job: Job) -> bool:
-        mine = [r for r in result["rows"] if all(r[k] == v for k, v in job._asdict().items())]
-        again = (NOT_RUN, "failed", "stopped") if arguments.retry else NOT_RUN
-        return any(row["status"].startswith(again) for row in mine)
+    def missing(job: Job) -> Job:
+        """The job with the sizes of which a row is missing."""
+        waiting = [[row[k] for k in KEYS] for row in result["rows"] if row["status"] == NOT_RUN]
+        sizes = {row["size"] for row in job.rows() if [row[k] for k in KEYS] in waiting}
+        return job._replace(sizes=tuple(size for size in job.sizes if size in sizes))
 
-    with tempfile.TemporaryDirectory() as folder:
-        runner = Runner(arguments.peer, arguments.limit, Path(folder))
-        for i, job in enumerate(jobs):
-            if not missing(job):
-                continue
-            if job.compiled and arguments.workers > 1 and job not in runner.compiled:
-                if not budget.fits("compile ahead"):
-                    continue
-                with budget.spending("compile ahead"):
-                    ahead = [j for j in jobs[i:] if j.compiled and missing(j)]
-                    runner.compile_ahead(ahead[: arguments.workers], budget.left())
-            kind = "compiled" if job.compiled else "eager"
-            if not budget.fits(kind):
-                continue
+    runner = Runner(arguments.peer, arguments.limit, out.with_suffix(""))
+    for i, job in enumerate(jobs):
+        waits = job.compiled and job not in runner.compiled and missing(job).sizes
+        if waits and arguments.workers > 1 and budget.fits("compile ahead"):
+            with budget.spending("compile ahead"):
+                ahead = [j for j in jobs[i:] if j.compiled and missing(j).sizes]
+                runner.compile_ahead(ahead[: arguments.workers], budget.left())
+        kind = "compiled" if job.compiled else "eager"
+        # A process that dies leaves the sizes behind the one in which it did.
+        while (left := missing(job)).sizes and budget.fits(kind):
             with budget.spending(kind):
-                for row in runner.rows(job, budget.left()):
-                    put(result, row, KEYS)
-                    print(line(row), flush=True)
+                rows = runner.rows(left, budget.left())
+            for row in rows:
+                put(result, row, KEYS)
+                print(line(row), flush=True)
             save(out, result)
+            if rows[-1]["status"] == NOT_RUN:  # the time is over
+                break
     show(result)
 
 
@@ -327,7 +259,6 @@ def show(result: dict) -> None:
 
 def parse() -> argparse.Namespace:
     parser, measured = run_and_show(__doc__)
-    measured.add_argument("--minutes", type=float, default=1e4, help="to take at most")
     measured.add_argument("--sizes", type=int, nargs="+", default=list(BATCHES), metavar="PIXELS")
     default = [OURS, DEIT, *SMALL, *COMPARATORS] if GPU else [OURS, DEIT]
     measured.add_argument("--models", nargs="+", default=default, metavar="NAME")
@@ -335,8 +266,7 @@ def parse() -> argparse.Namespace:
     ways = measured.add_mutually_exclusive_group()
     ways.add_argument("--eager", dest="ways", action="store_const", const=[False], help="alone")
     ways.add_argument("--compiled", action="store_true", help="alone")
-    measured.add_argument("--limit", type=float, default=240, help="seconds of one process")
-    measured.add_argument("--retry", action="store_true", help="also what failed or was stopped")
+    measured.add_argument("--limit", type=float, default=240, help="seconds of a model and size")
     cores = os.cpu_count() or 1
     measured.add_argument(
         "--workers", type=int, default=max(1, min(4, cores // 4)), help="compile at once"

@@ -9,17 +9,22 @@ the figures to quote, the times belong to this machine at this moment.
 """
 
 import argparse
-import json
 import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from gpu_timing import header
 from matplotlib.figure import Figure
+from results import command, save
 from torch import Tensor
 
+from metala_vision import plots
+from metala_vision.errors import UserError
+from metala_vision.files import check_outputs, check_picture
 from metala_vision.kernels.gated_linear_attention import gated_linear_attention
 
 H, K, V = 3, 32, 64
@@ -64,7 +69,7 @@ def compare(N: int, backward: bool, seconds: float) -> dict[str, float]:
     return {"B": B, "N": N, "backward": backward} | {f"{f}_ms": 1e3 * row[f] for f in FORMS}
 
 
-def plot(rows: list[dict], path: str) -> None:
+def plot(rows: list[dict], path: Path) -> None:
     """Microseconds a token against N, one panel for forward, one for forward with backward."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     labels = ("gated linear attention", "the same, steep gates", "softmax (SDPA)", "token by token")
@@ -83,16 +88,20 @@ def plot(rows: list[dict], path: str) -> None:
     figure.axes[0].legend(frameon=False, fontsize=8)
     threads = torch.get_num_threads()
     figure.suptitle(f"{H} heads, float32, {threads} threads of a CPU, torch {torch.__version__}")
-    figure.savefig(path, dpi=130)
+    plots.save(figure, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", help="also write the rows as JSON")
-    parser.add_argument("--plot", help="also draw time per token against N, as a PNG")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, help="also write the rows as JSON")
+    parser.add_argument("--plot", type=Path, help="also draw time per token against N, as a PNG")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="N")
     parser.add_argument("--seconds", type=float, default=3.0, help="for one row (default 3)")
     arguments = parser.parse_args()
+    if fewest := [N for N in arguments.lengths if N < 1]:
+        raise UserError(f"--lengths must be >= 1, got {fewest[0]}")
+    check_picture("--plot", arguments.plot)
+    check_outputs({"--out": arguments.out, "--plot": arguments.plot})
     rows = []
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}")
     print(f"{'B':>2} {'N':>6} {'':12}" + "".join(f"{f + ' ms':>13}" for f in FORMS), end="")
@@ -106,11 +115,10 @@ def main() -> None:
             ratios = [row[f"{form}_ms"] / row["sdpa_ms"] for form in ("chunked", "steep")]
             print(f"{ratios[0]:14.2f}{ratios[1]:12.2f}", flush=True)
     if arguments.out:
-        with open(arguments.out, "w", encoding="utf-8") as file:
-            json.dump({"torch": torch.__version__, "rows": rows}, file, indent=2)
+        save(arguments.out, {**header("operator_cpu"), "rows": rows})
     if arguments.plot:
         plot(rows, arguments.plot)
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

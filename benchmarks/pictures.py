@@ -6,28 +6,29 @@ import matplotlib
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from results import OK
+from subjects import DEIT, FORMS, INFERENCE, SMALL, TRAINING
 
-FORMS = ("ours", "chunk_gla", "sdpa", "chunked")
-OURS, DEIT = "#0072b2", "#d55e00"
-COLORS = (OURS, "#009e73", DEIT, "#56b4e9")
+from metala_vision.plots import COLORS, save
+
 OTHERS = ("#56b4e9", "#009e73", "#cc79a7", "#e69f00", "#999999", "#000000", "#b8a800", "#882255",
           "#44aa99", "#aa4499", "#661100", "#6699cc")  # fmt: skip
-NAMES = {"deit_tiny_patch16_224": "DeiT-tiny", "deit_small_patch16_224": "DeiT-small"}
+NAMES = {DEIT: "DeiT-tiny", SMALL[1]: "DeiT-small"}
 
 
-def kernels(result: dict, path: Path) -> None:
+def operators(result: dict, path: Path) -> None:
     """Nanoseconds a token and head against N, one panel for forward, one with backward."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axis, backward in zip(figure.subplots(1, 2, sharey=True), (False, True), strict=True):
         lengths = set()
-        for form, color in zip(FORMS, COLORS, strict=True):
+        # Ours and softmax attention as in the other pictures.
+        for form, i in zip(FORMS, (0, 2, 1, 5), strict=True):
             chosen = sorted(
                 (r["N"], 1e6 * r["ms"] / (r["N"] * r["B"] * r["H"]))
                 for r in result["rows"]
                 if r["form"] == form and r["backward"] == backward and r.get("ms")
             )
             if chosen:
-                axis.plot(*zip(*chosen, strict=True), "o-", color=color, label=form, ms=4)
+                axis.plot(*zip(*chosen, strict=True), "o-", color=COLORS[i], label=form, ms=4)
                 lengths |= {N for N, _ in chosen}
         axis.set(xscale="log", yscale="log", xlabel="tokens N")
         axis.set_xticks(sorted(lengths), [str(N) for N in sorted(lengths)])
@@ -40,7 +41,7 @@ def kernels(result: dict, path: Path) -> None:
             axis.legend(frameon=False)
             break
     figure.suptitle(f"{result['device']}, {result['dtype']}, K 32, V 64")
-    _save(figure, path)
+    save(figure, path)
 
 
 def models(result: dict, path: Path) -> None:
@@ -52,9 +53,9 @@ def models(result: dict, path: Path) -> None:
     others = [name for name in names if _place(name) == 2]
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     panels = (
-        ("training step", "images_s", "images a second"),
-        ("inference", "images_s", "images a second"),
-        ("training step", "peak_mib", "peak MiB an image"),
+        (TRAINING, "images_s", "images a second"),
+        (INFERENCE, "images_s", "images a second"),
+        (TRAINING, "peak_mib", "peak MiB an image"),
     )
     for axis, (what, key, label) in zip(figure.subplots(1, 3), panels, strict=True):
         sizes = set()
@@ -66,8 +67,8 @@ def models(result: dict, path: Path) -> None:
             )
             if chosen:
                 main = _place(name) < 2
-                color = (OURS, DEIT, "")[_place(name)]
-                color = color or OTHERS[others.index(name) % len(OTHERS)]
+                palette, number = (COLORS, _place(name)) if main else (OTHERS, others.index(name))
+                color = palette[number % len(palette)]
                 style = {"lw": 2.0, "ms": 5, "zorder": 3} if main else {"lw": 1.0, "ms": 3}
                 line = "o--" if "small" in name else "o-"
                 axis.plot(*zip(*chosen, strict=True), line, color=color, label=name, **style)
@@ -85,7 +86,7 @@ def models(result: dict, path: Path) -> None:
     way = "compiled" if True in ways else "eager"
     figure.suptitle(f"{result['device']}, {result['dtype']}, {way}, torch "
                     f"{result['versions']['torch']}")  # fmt: skip
-    _save(figure, path)
+    save(figure, path)
 
 
 def step(result: dict, path: Path) -> None:
@@ -121,14 +122,9 @@ def step(result: dict, path: Path) -> None:
                    f"{result['size']} px, {result['device']}", fontsize=10)  # fmt: skip
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _place(name: str) -> int:
     """Ours first, then DeiT, then the others."""
     return 0 if name.startswith("metala") else 1 if name.startswith("deit") else 2
-
-
-def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)

@@ -12,16 +12,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from metala_vision.children import ending_with_parent, own_environment
 from metala_vision.errors import UserError
-from metala_vision.files import write_text
+from metala_vision.files import check_outputs, check_picture, write_text
 
-# What two parts of one result must have in common.
-SAME = ("what", "device", "versions", "commit", "sources")
-OK, NOT_RUN, OUT_OF_MEMORY = "ok", "not run", "out of memory"
-DIED = "failed: the process died"  # written before a row is measured
+# What two parts of one result must have in common; `sources` tells what a commit changed of it.
+SAME = ("what", "device", "versions", "sources")
+OK, NOT_RUN, OUT_OF_MEMORY, FAILED = "ok", "not run", "out of memory", "failed"
+MEASURING = "being measured"  # what a process leaves that dies meanwhile
+DIED = f"{FAILED}: the process died"
 
 
 def read(path: Path) -> dict:
@@ -47,11 +49,13 @@ def save(path: Path, result: dict) -> None:
     write_text(path, json.dumps(result, indent=2) + "\n")
 
 
-def begin(path: Path, header: dict) -> dict:
+def begin(path: Path, header: dict, retry: bool = False) -> dict:
     """A new result, or the one that is at `path`, to go on with.
 
+    Args:
+        retry: whether what failed or was stopped counts as not run.
     Raises:
-        UserError: if that one is of another device, commit or version.
+        UserError: if that one is of another device, version or code.
     """
     if not path.exists():
         return {**header, "rows": []}
@@ -62,6 +66,18 @@ def begin(path: Path, header: dict) -> dict:
                 f"{path} has {key} {result.get(key)!r}, this run {header.get(key)!r}: "
                 "choose another --out, or remove the file"
             )
+    settled(result, DIED)
+    for row in result["rows"]:
+        if retry and row.get("status", OK).startswith((FAILED, "stopped")):
+            row["status"] = NOT_RUN
+    return result
+
+
+def settled(result: dict, status: str) -> dict:
+    """The result with this status of the row that was being measured as its process ended."""
+    for row in result["rows"]:
+        if row.get("status") == MEASURING:
+            row["status"] = status
     return result
 
 
@@ -74,16 +90,9 @@ def put(result: dict, row: dict, keys: Sequence[str]) -> None:
     result["rows"].append(row)
 
 
-def one(rows: list[dict], **values: object) -> dict:
-    """The row with these values that was measured, or {}."""
-    return next(
-        (
-            row
-            for row in rows
-            if row.get("status", OK) == OK and all(row.get(k) == v for k, v in values.items())
-        ),
-        {},
-    )
+def find(rows: list[dict], **values: object) -> dict:
+    """The row with these values, or {}."""
+    return next((row for row in rows if all(row.get(k) == v for k, v in values.items())), {})
 
 
 class Budget:
@@ -117,33 +126,80 @@ class Budget:
             self.longest[kind] = max(self.longest.get(kind, 0.0), self.clock() - start)
 
 
-def limited(command: Sequence[str], seconds: float, log: Path) -> int | None:
-    """Exit status of a command whose output goes to `log`; None if it had to be stopped.
+def measure_rows(
+    path: Path,
+    result: dict,
+    wanted: Iterable[tuple[dict, str, Callable[[], dict]]],
+    keys: Sequence[str],
+    budget: "Budget",
+) -> None:
+    """Every row that is not in the result yet, saved before and after it is measured.
 
-    The command is a group of processes of its own, which ends with it: by SIGTERM, and five seconds
-    later by SIGKILL.
+    Args:
+        wanted: what a row begins with, its kind for the budget, and a call that gives the rest,
+            `status` among it.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    unbuffered = {**os.environ, "PYTHONUNBUFFERED": "1"}  # what it said before it was stopped
-    with log.open("ab") as file:
-        process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=unbuffered
-        )
+    for row, kind, measure in wanted:
+        old = next((r for r in result["rows"] if all(r[key] == row[key] for key in keys)), None)
+        if old is not None and old["status"] != NOT_RUN:
+            continue
+        # The first of a kind compiles and tunes itself, which says nothing of the next.
+        if kind in budget.longest:
+            kind += ", tuned"
+        if not budget.fits(kind):
+            put(result, {**row, "status": NOT_RUN}, keys)
+            continue
+        put(result, {**row, "status": MEASURING}, keys)
+        save(path, result)
+        status = DIED
         try:
-            return process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return None
+            with budget.spending(kind):
+                row = {**row, **measure()}
+            status = row["status"]
+        except (SystemExit, KeyboardInterrupt):  # stopped from outside
+            status = NOT_RUN
+            raise
         finally:
-            end_group(process)
+            put(result, {**row, "status": status}, keys)
+            save(path, result)
+    save(path, result)
 
 
-def end_group(process: subprocess.Popen) -> None:
-    """The process, which leads a group of its own, and what it started."""
+def limited(
+    command: Sequence[str], seconds: float, log: Path, first: int = signal.SIGTERM
+) -> int | None:
+    """Exit status of a command whose output goes to `log`; None if it had to be stopped."""
+    process = start(command, log)
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        end_group(process, first)
+
+
+def start(command: Sequence[str], log: Path) -> subprocess.Popen:
+    """The command as the first of a group of processes; what it says is added to `log`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    # What it said before it was stopped; pytest's reasons, whole.
+    environment = {**own_environment(), "PYTHONUNBUFFERED": "1", "COLUMNS": "400"}
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            env=environment, preexec_fn=ending_with_parent(signal.SIGKILL),
+        )  # fmt: skip
+
+
+def end_group(process: subprocess.Popen, first: int = signal.SIGTERM, grace: float = 15) -> None:
+    """The process, which leads a group of its own, and what it started.
+
+    By the signal `first`, which it may take so many seconds to heed, and then by SIGKILL.
+    """
     with contextlib.suppress(ProcessLookupError):
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
+            os.killpg(process.pid, first)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(5)
+                process.wait(grace)
         os.killpg(process.pid, signal.SIGKILL)  # also what outlived it
     process.wait()
 
@@ -154,7 +210,9 @@ def last_line(log: Path) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "no output")[:300]
 
 
-def run_and_show(doc: str | None) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+def run_and_show(
+    doc: str | None, picture: bool = True
+) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     """The parser of a script that measures and shows, and that of its `run`."""
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -162,23 +220,32 @@ def run_and_show(doc: str | None) -> tuple[argparse.ArgumentParser, argparse.Arg
     measured.add_argument(
         "--out", type=Path, required=True, help="the JSON file to write or to go on with"
     )
-    view = commands.add_parser("show", help="a table of a file, and a plot")
+    measured.add_argument("--minutes", type=float, default=1e4, help="to take at most")
+    measured.add_argument("--retry", action="store_true", help="also what failed or was stopped")
+    view = commands.add_parser("show", help="a table of a file, and a picture where it has one")
     view.add_argument("file", type=Path)
-    view.add_argument("--plot", type=Path, help="the PNG file to write")
+    if picture:
+        view.add_argument("--plot", type=Path, help="the PNG file to write")
     return parser, measured
 
 
 def shown(
     arguments: argparse.Namespace, show: Callable[[dict], None],
-    plot: Callable[[dict, Path], object],
+    plot: Callable[[dict, Path], object] | None = None,
 ) -> bool:  # fmt: skip
     """Whether a file was to be shown, which is done then."""
     if arguments.command != "show":
+        with contextlib.suppress(OSError):  # told by what follows
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        check_outputs({"--out": arguments.out})
         return False
+    path = None if plot is None else arguments.plot
+    check_picture("--plot", path)
+    check_outputs({"--plot": path}, [(arguments.file, "the file to show")])
     result = read(arguments.file)
     show(result)
-    if arguments.plot:
-        plot(result, arguments.plot)
+    if plot is not None and path is not None:
+        plot(result, path)
     return True
 
 

@@ -1,6 +1,7 @@
 """The elementwise recurrences on this GPU: linear_recurrence (HGRN, LRU), selective_scan (Mamba).
 
-    python benchmarks/scans.py [--out FILE.json] [--lengths N ...]
+    python benchmarks/scans.py run --out scans.json [--lengths N ...] [--minutes M]
+    python benchmarks/scans.py show scans.json
 
 ours     the operator, both directions, as a layer of a tiny model calls it
 chunked  the portable form of the same
@@ -13,24 +14,15 @@ the forward pass, all of which a selective scan needs. Without a GPU the portabl
 CPU at small sizes, to show that it works.
 """
 
-import argparse
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
-from gpu_timing import (
-    DEVICE,
-    DTYPE,
-    GPU,
-    bandwidth,
-    header,
-    headline,
-    milliseconds,
-    peak_mebibytes,
-)
-from results import command, save
+from gpu_timing import DEVICE, DTYPE, GPU, bandwidth, figures, header, headline
+from results import OK, Budget, begin, command, measure_rows, run_and_show, shown
 from torch import Tensor
 
+from metala_vision.errors import UserError
 from metala_vision.kernels.linear_recurrence import linear_recurrence
 from metala_vision.kernels.selective_scan import selective_scan
 
@@ -52,7 +44,7 @@ def hgrn(N: int, B: int, backward: bool) -> tuple[dict[str, Form], list[Tensor],
     }
     try:
         from fla.ops.hgrn import chunk_hgrn
-    except ImportError:
+    except Exception:  # of its many imports, too
         chunk_hgrn = None
     if chunk_hgrn is not None and GPU:
 
@@ -94,30 +86,36 @@ def mamba(N: int, B: int, backward: bool) -> tuple[dict[str, Form], list[Tensor]
     return forms, list(inputs.values()), least, 2 * B * N * E * M
 
 
-def rows(N: int, B: int, bytes_per_second: float) -> list[dict]:
-    found = []
-    for name, operator in (("linear_recurrence", hgrn), ("selective_scan", mamba)):
-        for backward in (False, True):
-            forms, leaves, least, exponentials = operator(N, B, backward)
-            for form, call in forms.items():
+def rows(
+    shapes: list[tuple[int, int]], bytes_per_second: float
+) -> Iterator[tuple[dict, str, Callable[[], dict]]]:
+    """Of each row what it begins with, its kind, and what measures it."""
+    for N, B in shapes:
+        for name, operator in (("linear_recurrence", hgrn), ("selective_scan", mamba)):
+            for backward in (False, True):
+                forms, leaves, least, exponentials = operator(N, B, backward)
+                for form, call in forms.items():
+                    row = {
+                        "operator": name, "form": form.replace("triton", "ours"), "N": N, "B": B,
+                        "backward": backward, "exp": exponentials, "bytes": least,
+                        "floor_ms": 1e3 * least / bytes_per_second,
+                    }  # fmt: skip
+                    yield row, f"{name}, {form}", partial(measure, call, leaves, backward)
 
-                def step(call=call, leaves=leaves) -> object:
-                    y = call()
-                    return torch.autograd.grad(y, leaves, torch.ones_like(y))
 
-                timed = step if backward else call
-                row = {
-                    "operator": name, "form": form.replace("triton", "ours"), "N": N, "B": B,
-                    "backward": backward, "exp": exponentials, "bytes": least,
-                    "floor_ms": 1e3 * least / bytes_per_second,
-                }  # fmt: skip
-                try:
-                    found.append(
-                        row | {"peak_mib": peak_mebibytes(timed), "ms": milliseconds(timed)}
-                    )
-                except torch.OutOfMemoryError:
-                    found.append(row | {"peak_mib": None, "ms": None})
-    return found
+def measure(call: Form, leaves: list[Tensor], backward: bool) -> dict:
+    """The rest of a row."""
+    if not backward:
+        return figures(call)
+    made: list[Tensor] = []  # the gradient that comes in, beside the time
+
+    def step() -> object:
+        y = call()
+        if not made:
+            made.append(torch.ones_like(y))
+        return torch.autograd.grad(y, leaves, made[0])
+
+    return figures(step)
 
 
 def show(result: dict) -> None:
@@ -127,8 +125,8 @@ def show(result: dict) -> None:
     for r in result["rows"]:
         what = "with backward" if r["backward"] else "forward"
         print(f"{r['operator']:18}{what:14}{r['N']:6}{r['B']:5} {r['form']:8}", end="")
-        if r["ms"] is None:
-            print("  out of memory")
+        if r["status"] != OK:
+            print(f"  {r['status']}")
             continue
         peak = "-" if r["peak_mib"] is None else f"{r['peak_mib']:.0f}"
         print(f"{r['ms']:10.3f}{r['floor_ms']:10.4f}{r['ms'] / r['floor_ms']:9.1f}"
@@ -136,18 +134,21 @@ def show(result: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, help="also write the rows as JSON")
-    parser.add_argument("--lengths", type=int, nargs="+", metavar="N", help="only these")
+    parser, measured = run_and_show(__doc__, picture=False)
+    measured.add_argument("--lengths", type=int, nargs="+", metavar="N", help="only these")
     arguments = parser.parse_args()
-    bytes_per_second = bandwidth()
-    shapes = [s for s in SHAPES if not arguments.lengths or s[0] in arguments.lengths]
-    result = {
-        **header("scans"), "bandwidth": bytes_per_second,
-        "rows": [row for N, B in shapes for row in rows(N, B, bytes_per_second)],
-    }  # fmt: skip
-    if arguments.out:
-        save(arguments.out, result)
+    if shown(arguments, show):
+        return
+    lengths = [N for N, _ in SHAPES]
+    if unknown := [N for N in arguments.lengths or () if N not in lengths]:
+        raise UserError(f"--lengths must be among {lengths}, got {unknown[0]}")
+    budget = Budget(arguments.minutes)
+    result = begin(arguments.out, header("scans"), arguments.retry)
+    if "bandwidth" not in result:
+        result["bandwidth"] = bandwidth()
+    shapes = [shape for shape in SHAPES if shape[0] in (arguments.lengths or lengths)]
+    keys = ("operator", "form", "N", "B", "backward")
+    measure_rows(arguments.out, result, rows(shapes, result["bandwidth"]), keys, budget)
     show(result)
 
 

@@ -24,14 +24,14 @@ import time
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import pictures
 import torch
-import torch.nn.functional as F
 from gpu_timing import DEVICE, GPU, header, headline, synchronize, trace
-from models import build
+from models import build, cross_entropy, training_step
 from results import OK, begin, command, put, run_and_show, save, shown
 from torch import Tensor, nn
 from torch.profiler import record_function
@@ -46,10 +46,10 @@ ENGINE = "autograd::engine::"
 STEPS = 3  # in one trace
 # Kinds of kernel, the first that fits; Inductor names a fused kernel after all that is in it.
 KINDS = {
+    "fused, with sums": r"^triton_(red|per|mix)_",
+    "fused, elementwise": r"^triton_(poi|for|unk)_",
     "operator": r"gated_linear_attention|linear_recurrence|selective_scan",
     "norm and gate, one kernel": r"gated_norm",
-    "fused, with sums": r"^triton_(red|per|mix)_",
-    "fused, elementwise": r"^triton_(poi|for)_",
     "optimizer": r"multi_tensor|adam",
     "convolutions": r"conv|wgrad|dgrad|fprop|nchwToNhwc|nhwcToNchw",
     "softmax attention": r"flash|fmha|attention",
@@ -226,25 +226,9 @@ def kind(name: str) -> str:
     return next(matching, "other kernels")
 
 
-def step(model: nn.Module, forward: Callable, x: Tensor, labels: Labels | None) -> Callable:
-    """A call phase -> None that trains a step, each phase of it within phase(its name)."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
-    target = torch.arange(len(x), device=x.device) % 10
-
-    def loss_of(logits: Tensor) -> Tensor:
-        return F.cross_entropy(logits.float(), target)
-
-    def call(phase: Callable[[str], Any]) -> None:
-        with phase("forward"), torch.autocast(DEVICE.type, torch.bfloat16, enabled=GPU):
-            logits = forward(x)
-            loss = labels.call("head and loss", loss_of, logits) if labels else loss_of(logits)
-        with phase("backward"):
-            loss.backward()
-        with phase("optimizer"):
-            optimizer.step()
-            optimizer.zero_grad()
-
-    return call
+def labelled_step(model: nn.Module, x: Tensor, labels: Labels) -> Callable[..., None]:
+    """A training step whose loss is in the head's part."""
+    return training_step(model, model, x, partial(labels.call, "head and loss", cross_entropy))
 
 
 def phase_times(call: Callable, repeats: int) -> dict[str, float]:
@@ -278,9 +262,9 @@ def rows(name: str, size: int, batch: int, compiled: bool) -> list[dict]:
     model = build(name, size, {})
     x = torch.randn(batch, 3, size, size, device=DEVICE)
     forward = torch.compile(model, dynamic=False) if compiled else model
-    plain = step(model, forward, x, None)
+    plain = training_step(model, forward, x)
     for _ in range(3):
-        plain(contextlib.nullcontext)
+        plain()
     whole = phase_times(plain, 10)
 
     def marked(call: Callable) -> None:
@@ -292,10 +276,12 @@ def rows(name: str, size: int, batch: int, compiled: bool) -> list[dict]:
     else:
         labels = Labels()
         with labels.model(model):
-            ranged = step(model, model, x, labels)
-            ranged(contextlib.nullcontext)
+            ranged = labelled_step(model, x, labels)
+            ranged()
             events = trace(lambda: marked(ranged))
     work = kernels(events) if GPU else operations(events)
+    if not work:
+        raise UserError("the profiler saw no kernel: it may not look at this GPU (CUPTI)")
     found = attribute(events, work, compiled)
     if not GPU:  # operations are slower under the profiler: compared with their own whole
         whole = dict.fromkeys(PHASES, 0.0)
@@ -320,7 +306,7 @@ def rows(name: str, size: int, batch: int, compiled: bool) -> list[dict]:
 
 def run(arguments: argparse.Namespace) -> None:
     fields = {"model": arguments.model, "batch": arguments.batch, "size": arguments.size}
-    result = begin(arguments.out, {**header("step"), **fields})
+    result = begin(arguments.out, {**header("step"), **fields}, arguments.retry)
     if any(result[key] != value for key, value in fields.items()):
         raise UserError(f"{arguments.out} is of other settings; choose another --out")
     for compiled in (False,) if arguments.no_compile else (False, True):

@@ -3,7 +3,6 @@
 import os
 import signal
 import threading
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -105,13 +104,6 @@ class Signals:
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
-
-
-def own_environment() -> dict[str, str]:
-    """Of a child process: this one's, in which Python finds this package from any folder."""
-    own, given = str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")
-    path = own if not given else f"{own}{os.pathsep}{given}"
-    return {**os.environ, "PYTHONPATH": path}
 
 
 def find_device(name: str) -> torch.device:

@@ -1,7 +1,6 @@
 """Commands of ours, each in a process of its own: one at a time, or one on each device."""
 
 import contextlib
-import ctypes
 import os
 import queue
 import signal
@@ -10,13 +9,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
+from metala_vision.children import ending_with_parent, own_environment
 from metala_vision.errors import Stopped, UserError
-from metala_vision.processes import SIGNALS, own_environment
+from metala_vision.processes import SIGNALS
 
 T = TypeVar("T")
 INTERRUPTED = (130, -signal.SIGINT)  # exit status of a child that Ctrl-C reached
@@ -78,10 +77,11 @@ class Sweep:
         errors = log.with_suffix(".err")  # while it runs: what a killed parent would lose
         try:
             with log.open("a") as out, errors.open("w") as err:
+                # Left alone it would train on, and hold its run folder against the comparison
+                # begun again; told to end, it saves.
                 child = subprocess.Popen(
-                    told, stdout=out, stderr=err, env=environment,
-                    preexec_fn=None if LIBC is None else partial(_end_with_parent, os.getpid()),
-                )  # fmt: skip
+                    told, stdout=out, stderr=err, env=environment, preexec_fn=ending_with_parent()
+                )
                 self._wait(child)
             text = errors.read_text(encoding="utf-8", errors="replace")
             with log.open("a") as out:
@@ -147,24 +147,3 @@ class Sweep:
                 pool.shutdown(wait=False, cancel_futures=True)
                 self._end_all()
                 raise
-
-
-def _libc() -> Any:
-    try:
-        return ctypes.CDLL(None) if sys.platform == "linux" else None
-    except OSError:
-        return None
-
-
-LIBC = _libc()
-PR_SET_PDEATHSIG = 1
-
-
-def _end_with_parent(parent: int) -> None:
-    """In a child before it becomes its program: save and end should its parent be killed.
-
-    Left alone it would train on and hold its run folder against the comparison begun again.
-    """
-    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # killed before that
-        os._exit(1)

@@ -197,7 +197,7 @@ def prepared(config: ScalingConfig) -> tuple[dict[str, Any], dict[str, Grid]]:
 
 def measure(point: Point) -> dict[str, Any]:
     """One process: {"passes": seconds each, "memory_mib"}, or {"full"}, {"over"} or {"error"}."""
-    from metala_vision.processes import own_environment
+    from metala_vision.children import own_environment
 
     told = [sys.executable, "-m", "metala_vision.scaling.point", json.dumps(asdict(point))]
     try:

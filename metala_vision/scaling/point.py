@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from metala_vision.children import end_with_parent
+
 FEWEST, MOST = 3, 200  # timed passes
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
-PR_SET_PDEATHSIG = 1  # Linux's sys/prctl.h
 # As torch, its libraries and the linker put it, in lower case.
 FULL = (
     "can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory",
@@ -230,8 +231,7 @@ def main() -> int:
     point = Point(**json.loads(sys.argv[1]))
     deadline = time.monotonic() + point.limit
     signal.setitimer(signal.ITIMER_REAL, point.limit)  # SIGALRM ends this process
-    with contextlib.suppress(OSError, AttributeError):
-        libc().prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent(signal.SIGKILL, os.getppid())
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
     try:

@@ -1,7 +1,6 @@
 """The scripts of benchmarks/ as modules, and made-up results."""
 
 import importlib
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -17,15 +16,7 @@ def load(name):
     """A script as a module; its neighbours are found as when it is run."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        if name != "kernels":
-            return importlib.import_module(name)
-        # That name is the folder of the operators.
-        spec = importlib.util.spec_from_file_location(
-            "kernels_benchmark", BENCHMARKS / "kernels.py"
-        )
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
+        return importlib.import_module(name)
     finally:
         sys.path.remove(str(BENCHMARKS))
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from metala_vision.errors import UserError
 from tests.benchmarks._load import load
 
 gpu_timing, step = load("gpu_timing"), load("step")
@@ -48,13 +49,23 @@ def test_a_step_is_the_median_between_marks(cuda):
 
 def test_memory_is_the_whole_or_what_a_call_adds(cuda):
     assert gpu_timing.peak_mebibytes(lambda: None) == 3
-    assert gpu_timing.peak_mebibytes(lambda: None, whole=True) == 5
+    assert gpu_timing.peak_mebibytes(lambda: None, before=2**20) == 4
 
 
 def test_kernels_are_counted_without_copies_and_ranges(cuda, monkeypatch):
     cats = ["kernel", "kernel", "gpu_memcpy", "cuda_runtime", "user_annotation", None]
-    monkeypatch.setattr(gpu_timing, "trace", lambda call: [{"cat": cat} for cat in cats])
-    assert gpu_timing.kernel_count(lambda: None) == 2
+    events = [{"cat": cat, "dur": 250 + i} for i, cat in enumerate(cats)]
+    monkeypatch.setattr(gpu_timing, "trace", lambda call: events)
+    assert gpu_timing.kernels_of(lambda: None) == (2, 0.501)
+
+
+def test_a_profiler_that_sees_no_kernel_claims_none(cuda, monkeypatch):
+    monkeypatch.setattr(gpu_timing, "trace", lambda call: [{"cat": "cpu_op", "dur": 1}])
+    assert gpu_timing.kernels_of(lambda: None) == (None, None)
+    monkeypatch.setattr(step, "trace", lambda call: [])
+    monkeypatch.setattr(step, "phase_times", lambda *_: {})
+    with pytest.raises(UserError, match="the profiler saw no kernel"):
+        step.rows("metala_nano", 32, 1, False)
 
 
 def test_phases_are_timed_between_their_own_marks(cuda):
@@ -70,5 +81,16 @@ def test_phases_are_timed_between_their_own_marks(cuda):
 
 def test_without_a_gpu_nothing_is_claimed_of_one():
     assert gpu_timing.peak_mebibytes(lambda: None) is None
-    assert gpu_timing.kernel_count(lambda: None) is None
-    assert gpu_timing.step_milliseconds(lambda: None, seconds=1e-3) >= 0
+    assert gpu_timing.kernels_of(lambda: None) == (None, None)
+
+
+def test_calls_in_turn_are_told_apart_and_the_first_two_rounds_not_counted(monkeypatch):
+    now, calls = [0.0], []
+    monkeypatch.setattr(gpu_timing.time, "perf_counter", lambda: now[0])
+
+    def call(name, seconds):
+        calls.append(name)
+        now[0] += 100 if len(calls) <= 4 else seconds
+
+    assert gpu_timing.in_turn([lambda: call("a", 1), lambda: call("b", 3)], 3) == [1e3, 3e3]
+    assert "".join(calls) == "ababababab"

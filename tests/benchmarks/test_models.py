@@ -9,8 +9,8 @@ from torch import nn
 from metala_vision.errors import UserError
 from tests.benchmarks._load import HEADER, Clock, load
 
-models = load("models")
-Job = models.Job
+models, jobs, peers, subjects = (load(n) for n in ("models", "jobs", "peers", "subjects"))
+Job = jobs.Job
 
 
 def parsed(monkeypatch, *arguments):
@@ -19,14 +19,16 @@ def parsed(monkeypatch, *arguments):
 
 
 def test_the_rows_of_the_goals_come_first_and_every_row_once():
-    names = [models.OURS, models.DEIT, *models.SMALL, *models.COMPARATORS]
-    jobs = models.plan(names, ["theirs"], [224, 512, 1024, 2048], [True, False])
-    assert len(jobs) == len(set(jobs)) == 15 * 4 * 2
-    goals = {Job(m, s, True) for m in (models.OURS, models.DEIT) for s in (224, 1024)}
-    assert set(jobs[:4]) == goals
-    assert [job.size for job in jobs[:4]] == [224, 224, 1024, 1024]
-    assert {job.model for job in jobs[4:8]} == {models.OURS, models.DEIT}
-    assert jobs.index(Job("theirs", 224, True)) < jobs.index(Job("gla_tiny", 224, True))
+    names = [subjects.OURS, subjects.DEIT, *subjects.SMALL, *subjects.COMPARATORS]
+    planned = jobs.plan(names, ["theirs"], [224, 512, 1024, 2048], [True, False])
+    rows = [tuple(row.values()) for job in planned for row in job.rows()]
+    assert len(rows) == len(set(rows)) == 15 * 4 * 2 * 2
+    assert len(planned) == 15 * (4 + 1)  # eager, one process goes through the sizes
+    both = (subjects.OURS, subjects.DEIT)
+    assert planned[:4] == [Job(m, (s,), True) for s in (224, 1024) for m in both]
+    assert planned[4:8] == [Job(m, (s,), True) for s in (512, 2048) for m in both]
+    assert planned[8:10] == [Job(m, (224, 512, 1024, 2048), False) for m in both]
+    assert planned.index(Job("theirs", (224,), True)) < planned.index(Job("gla_tiny", (224,), True))
 
 
 def test_a_batch_is_halved_until_it_fits():
@@ -67,14 +69,26 @@ class Hungry(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
-@pytest.mark.parametrize("what", [models.TRAINING, models.INFERENCE])
+@pytest.mark.parametrize("what", [subjects.TRAINING, subjects.INFERENCE])
 def test_a_row_is_measured_at_the_batch_that_fits(what, monkeypatch):
     called = []
     monkeypatch.setattr(models, "step_milliseconds", lambda call: called.append(call()) or 4.0)
-    row = models.measure(Job("hungry", 32, False), what, 8, Hungry, False)
+    [row] = [r for r in Job("hungry", (32,), False).rows() if r["what"] == what]
+    row = models.measure(row, 8, Hungry)
     assert called and row["status"] == "ok" and row["batch"] == 2
     assert row["images_s"] == pytest.approx(500)  # 2 images in 4 ms
     assert row["peak_mib"] is None and row["kernels"] is None  # no GPU
+
+
+def test_a_row_that_fails_says_why_and_a_mistake_of_the_user_ends_the_process(monkeypatch):
+    def fails(error):
+        raise error
+
+    [row, _] = Job("x", (32,), False).rows()
+    found = models.measure(row, 8, lambda: fails(ValueError("a\nb")))
+    assert found == {"status": "failed: ValueError: a b"}
+    with pytest.raises(UserError):
+        models.measure(row, 8, lambda: fails(UserError("x")))
 
 
 def test_a_training_step_trains_and_inference_does_not():
@@ -94,7 +108,7 @@ def test_a_peer_is_a_function_of_a_file_that_finds_its_neighbours(tmp_path):
         "import torch, beside_it\n"
         "def made(img_size): return torch.nn.Linear(img_size, beside_it.WIDTH)\n"
     )
-    name, make = models.peer(f"theirs={file}:made")
+    name, make = peers.peer(f"theirs={file}:made")
     assert name == "theirs" and make(5).weight.shape == (7, 5)
 
 
@@ -111,7 +125,7 @@ def test_a_peer_is_a_function_of_a_file_that_finds_its_neighbours(tmp_path):
 def test_a_wrong_peer_is_named(text, message, tmp_path):
     (tmp_path / "a.py").write_text("f = 3\n")
     with pytest.raises(UserError, match=message):
-        models.peer(text.replace("FILE", str(tmp_path / "a.py")))
+        peers.peer(text.replace("FILE", str(tmp_path / "a.py")))
 
 
 @pytest.mark.parametrize(
@@ -137,18 +151,19 @@ def session(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "Budget", lambda minutes: budget(minutes, clock))
 
     def rows(self, job, seconds):
-        seen.append((job.model, job.size))
+        seen.append((job.model, *job.sizes))
         clock.now += 40
-        row = {**job._asdict(), "batch": 1, "ms": 1.0, "images_s": 1.0, "peak_mib": None}
-        if job.size == 64:
-            return [{**row, "what": what, "status": "failed: x"} for what in ("training step",
-                    "inference")]  # fmt: skip
-        return [
-            {**row, "what": "training step", "status": "out of memory"},
-            {**row, "what": "inference", "status": "ok", "kernels": None},
-        ]
+        figures = {"batch": 1, "ms": 1.0, "images_s": 1.0, "peak_mib": None, "kernels": None}
+        found = []
+        for row in job.rows():
+            state = "out of memory" if row["what"] == "training step" else "ok"
+            made = {"status": "failed: x"} if row["size"] == 64 else {**figures, "status": state}
+            found.append({**row, **made})
+            if row["size"] == 64 and state == "ok":  # of which the process dies
+                break
+        return found
 
-    monkeypatch.setattr(models.Runner, "rows", rows)
+    monkeypatch.setattr(jobs.Runner, "rows", rows)
 
     def run(*flags):
         seen.clear()
@@ -160,23 +175,25 @@ def session(tmp_path, monkeypatch):
 
 
 def test_what_does_not_fit_into_the_minutes_is_not_run_and_done_next_time(session):
-    sizes = ("--sizes", "32", "64")
+    sizes = ("--sizes", "32", "64", "96")
     seen, rows = session("--minutes", "1", *sizes)
-    assert seen == [("metala_tiny", 32)]  # 20 s are left, and one takes 40
-    assert [r["status"] for r in rows].count("not run") == 6
-    assert [r["status"] for r in rows[:2]] == ["out of memory", "ok"]
+    assert seen == [("metala_tiny", 32, 64, 96)]  # 20 s are left, and one takes 40
+    first = ["out of memory", "ok", "failed: x", "failed: x"]
+    assert [r["status"] for r in rows] == first + ["not run"] * 8
     seen, rows = session("--minutes", "10", *sizes)
-    assert ("metala_tiny", 32) not in seen and len(seen) == 3
+    # Behind a size in which the process died there is a new one.
+    deit = "deit_tiny_patch16_224"
+    assert seen == [("metala_tiny", 96), (deit, 32, 64, 96), (deit, 96)]
     assert not any(r["status"] == "not run" for r in rows)
     assert session("--minutes", "10", *sizes)[0] == []
     seen, _ = session("--minutes", "10", "--retry", *sizes)
-    assert seen == [("metala_tiny", 64), ("deit_tiny_patch16_224", 64)]  # those that failed
+    assert seen == [("metala_tiny", 64), (deit, 64)]  # those that failed
 
 
-def test_a_file_of_another_commit_is_not_gone_on_with(session, monkeypatch):
+def test_a_file_of_other_code_is_not_gone_on_with(session, monkeypatch):
     session("--sizes", "32")
-    monkeypatch.setattr(models, "header", lambda what: {**HEADER, "commit": "zzz"})
-    with pytest.raises(UserError, match="has commit 'abc', this run 'zzz'"):
+    monkeypatch.setattr(models, "header", lambda what: {**HEADER, "sources": "zzz"})
+    with pytest.raises(UserError, match="has sources 'def', this run 'zzz'"):
         session("--sizes", "32")
 
 
@@ -194,10 +211,20 @@ def test_a_process_that_dies_or_is_too_slow_costs_its_rows(tmp_path):
         "def slow(img_size): time.sleep(60)\n"
     )
     peers = [f"{name}={file}:{name}" for name in ("dies", "wrong", "slow")]
-    runner = models.Runner(peers, 30, tmp_path)
-    first, second = runner.rows(Job("dies", 32, False), 100)
-    assert first["status"] == "ok" and second["status"].startswith("failed")
-    assert runner.rows(Job("wrong", 32, False), 100)[0]["status"] == "failed: OSError: no weights"
+    runner = jobs.Runner(peers, 30, tmp_path / "logs")
+
+    def rows(name, seconds=100, sizes=(32,)):
+        return [(r["what"], r["status"]) for r in runner.rows(Job(name, sizes, False), seconds)]
+
+    [(_, first), (_, second)] = rows("dies", sizes=(32, 64))  # what is behind it is not there
+    assert first == "ok" and second.startswith("failed")
+    wrong = {status for _, status in rows("wrong", sizes=(32, 64))}
+    assert wrong == {"failed: OSError: no weights"}
     runner.limit = 1
-    assert runner.rows(Job("slow", 32, False), 100)[0]["status"] == "stopped after 1 s"
-    assert runner.rows(Job("slow", 32, False), 0.5)[0]["status"] == "not run"
+    both = ("training step", "inference")
+    assert rows("slow") == [(what, "stopped after 1 s") for what in both]
+    assert rows("slow", 0.5) == [(what, "not run") for what in both]
+    assert {path.suffix for path in (tmp_path / "logs").iterdir()} == {".txt", ".jsonl"}
+    # Compiled ahead, one that dies leaves only a log.
+    runner.compile_ahead([Job("dies", (32,), True)], 60)
+    assert (tmp_path / "logs" / "dies_32_ahead.txt").exists()

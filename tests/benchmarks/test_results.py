@@ -2,13 +2,17 @@
 
 import json
 import os
+import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from metala_vision.children import own_environment
 from metala_vision.errors import UserError
-from tests.benchmarks._load import HEADER, Clock, load
+from tests.benchmarks._load import BENCHMARKS, HEADER, ROOT, Clock, load
 
 results = load("results")
 
@@ -23,7 +27,7 @@ def test_a_result_is_written_and_gone_on_with(tmp_path):
 
 
 @pytest.mark.parametrize("key", results.SAME)
-def test_a_file_of_another_device_commit_or_version_is_refused_in_one_line(tmp_path, key):
+def test_a_file_of_another_device_version_or_code_is_refused_in_one_line(tmp_path, key):
     path = tmp_path / "x.json"
     results.save(path, results.begin(path, HEADER))
     with pytest.raises(UserError, match=f"x.json has {key} .*this run 'other'") as error:
@@ -39,13 +43,25 @@ def test_a_file_that_is_no_result_is_refused(tmp_path, text):
         results.begin(path, HEADER)
 
 
-def test_a_row_takes_the_place_of_its_like_and_only_measured_ones_are_found():
+def test_a_row_takes_the_place_of_its_like():
     result = {"rows": []}
     for row in ({"a": 1, "status": "not run"}, {"a": 2, "status": "ok"}, {"a": 1, "status": "ok"}):
         results.put(result, row, ("a",))
     assert result["rows"] == [{"a": 1, "status": "ok"}, {"a": 2, "status": "ok"}]
-    results.put(result, {"a": 2, "status": "out of memory"}, ("a",))
-    assert results.one(result["rows"], a=1) and not results.one(result["rows"], a=2)
+    assert results.find(result["rows"], a=2) == {"a": 2, "status": "ok"}
+    assert results.find(result["rows"], a=3) == {}
+
+
+def test_what_was_being_measured_has_failed_and_what_failed_may_be_tried_again(tmp_path):
+    path = tmp_path / "x.json"
+    states = ["being measured", "failed: x", "stopped after 1 s", "out of memory", "ok", "not run"]
+    results.save(path, {**HEADER, "rows": [{"status": state} for state in states]})
+
+    def found(**more):
+        return [row["status"] for row in results.begin(path, HEADER, **more)["rows"]]
+
+    assert found() == ["failed: the process died", *states[1:]]
+    assert found(retry=True) == ["not run"] * 3 + states[3:]
 
 
 def test_a_budget_lets_start_what_its_kind_has_had_time_for():
@@ -71,16 +87,40 @@ def test_a_command_ends_by_itself_or_with_all_that_it_started(tmp_path):
     assert results.last_line(log) == "said"
     assert results.limited(["sh", "-c", "sleep 60 & echo $!; wait"], 0.5, log) is None
     child = int(results.last_line(log))
-    for _ in range(50):
-        try:
-            os.kill(child, 0)
-        except ProcessLookupError:
-            return
-        with open(f"/proc/{child}/stat") as file:
-            if file.read().split()[2] == "Z":  # ended; nobody has asked how
-                return
-        time.sleep(0.1)
-    raise AssertionError("what the command started goes on")
+    assert any(ended(child) or time.sleep(0.1) for _ in range(50)), "what it started goes on"
+
+
+def test_a_command_is_told_first_and_its_reasons_are_whole(tmp_path):
+    log = tmp_path / "log.txt"
+    line = ["sh", "-c", "trap 'echo told; exit' INT; echo $COLUMNS; sleep 60 & wait"]
+    assert results.limited(line, 0.5, log, first=signal.SIGINT) is None
+    assert log.read_text().split() == ["400", "told"]
+
+
+def test_what_is_started_ends_with_its_parent_that_is_killed(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; import results\n"
+        "child = results.start(['sleep', '60'], Path(sys.argv[1]))\n"
+        "print(child.pid, flush=True); time.sleep(60)\n"
+    )
+    environment = {**own_environment(), "PYTHONPATH": f"{BENCHMARKS}{os.pathsep}{ROOT}"}
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "log.txt")],
+        stdout=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+    with parent:
+        child = int(parent.stdout.readline())
+        assert not ended(child)
+        parent.kill()
+    assert any(ended(child) or time.sleep(0.1) for _ in range(50))
+
+
+def ended(process):
+    """Whether a process is gone, or nobody has asked yet how it ended."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split()[2] == "Z"
+    except OSError:
+        return True
 
 
 def test_a_mistake_of_the_user_is_one_line_and_status_2(capsys, monkeypatch):

@@ -39,7 +39,7 @@ FULL = (*DIGITS, "--model-ema", "--mixup", "0.8", "--cutmix", "1", "--drop-path-
 @pytest.fixture
 def no_tf32():
     """cuDNN's convolutions take it unless told otherwise."""
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
 
 

@@ -10,10 +10,10 @@ from functools import partial
 import pytest
 import torch
 
+from metala_vision.children import own_environment
 from metala_vision.cli import main
 from metala_vision.compare.sweep import Sweep
 from metala_vision.errors import Stopped, UserError
-from metala_vision.processes import own_environment
 from tests.train._comparison import comparison, table
 from tests.train._runs import children
 

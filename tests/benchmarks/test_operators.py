@@ -9,22 +9,22 @@ import torch
 from metala_vision.errors import UserError
 from tests.benchmarks._load import HEADER, load
 
-kernels = load("kernels")
+operators, results = load("operators"), load("results")
 MIB = 2**20 // 4  # floats
 
 
 def test_saved_memory_is_inputs_and_what_else_autograd_keeps_each_storage_once():
     x, w = (torch.randn(MIB, requires_grad=True) for _ in range(2))
     # A product keeps both; of exp the result is kept; a view is no memory of its own.
-    assert kernels.saved_mebibytes(lambda: x * w, [x, w]) == 2
-    assert kernels.saved_mebibytes(lambda: x.exp(), [x]) == 2
-    assert kernels.saved_mebibytes(lambda: x.exp().sin().cos(), [x]) == 3
-    assert kernels.saved_mebibytes(lambda: x.view(2, -1)[0] * w[: MIB // 2], [x, w]) == 2
-    assert kernels.saved_mebibytes(lambda: x + w, [x, w]) == 2
+    assert operators.saved_mebibytes(lambda: x * w, [x, w]) == 2
+    assert operators.saved_mebibytes(lambda: x.exp(), [x]) == 2
+    assert operators.saved_mebibytes(lambda: x.exp().sin().cos(), [x]) == 3
+    assert operators.saved_mebibytes(lambda: x.view(2, -1)[0] * w[: MIB // 2], [x, w]) == 2
+    assert operators.saved_mebibytes(lambda: x + w, [x, w]) == 2
 
 
 def test_the_portable_form_keeps_more_than_its_inputs():
-    row = kernels.measure("chunked", 64, 1, 1, True)
+    row = operators.measure("chunked", 64, 1, 1, True)
     inputs = 64 * (32 + 32 + 64) * 4 / 2**20
     assert row["status"] == "ok" and row["saved_mib"] > inputs and row["ms"] > 0
 
@@ -40,8 +40,8 @@ def test_a_form_that_fails_is_a_row_that_says_so(error, status, monkeypatch):
     def fails():
         raise error
 
-    monkeypatch.setattr(kernels, "forms", lambda *x: {"ours": (fails, list(x))})
-    assert kernels.measure("ours", 8, 1, 1, True) == {"status": status}
+    monkeypatch.setattr(operators, "forms", lambda *x: {"ours": (fails, list(x))})
+    assert operators.measure("ours", 8, 1, 1, True) == {"status": status}
 
 
 class Died(BaseException):
@@ -52,20 +52,20 @@ class Died(BaseException):
 def session(tmp_path, monkeypatch):
     """run(), the calls of measure, and what the first of them raise."""
     calls, ends, out = [], [], tmp_path / "k.json"
-    monkeypatch.setattr(kernels, "header", lambda what: dict(HEADER))
-    monkeypatch.setattr(kernels, "bandwidth", lambda: 1e9)
-    monkeypatch.setattr(kernels, "available", lambda: ["ours", "sdpa"])
+    monkeypatch.setattr(operators, "header", lambda what: dict(HEADER))
+    monkeypatch.setattr(operators, "bandwidth", lambda: 1e9)
+    monkeypatch.setattr(operators, "available", lambda: ["ours", "sdpa"])
 
     def measure(name, N, B, H, backward):
         calls.append((name, N, backward))
         if len(calls) <= len(ends):
             raise ends[len(calls) - 1]
-        return {"status": "ok", "ms": 1.0, "peak_mib": None, "saved_mib": None}
+        return {"status": "ok", "ms": 1.0, "gpu_ms": None, "peak_mib": None, "saved_mib": None}
 
-    monkeypatch.setattr(kernels, "measure", measure)
+    monkeypatch.setattr(operators, "measure", measure)
 
-    def run():
-        kernels.run(argparse.Namespace(out=out, minutes=1.0, lengths=[196]))
+    def run(retry=False):
+        operators.run(argparse.Namespace(out=out, minutes=1.0, lengths=[196], retry=retry))
         return json.loads(out.read_text())["rows"]
 
     return run, calls, ends
@@ -81,6 +81,8 @@ def test_rows_are_gone_on_with_behind_one_in_which_the_process_died(session):
     assert rows[0]["floor_ms"] == pytest.approx(1e-6 * rows[0]["bytes"])
     run()
     assert len(calls) == 4
+    rows = run(retry=True)
+    assert [r["status"] for r in rows] == ["ok"] * 4 and calls[0] == calls[4] and len(calls) == 5
 
 
 def test_a_row_that_was_stopped_from_outside_is_run_again(session):
@@ -93,6 +95,6 @@ def test_a_row_that_was_stopped_from_outside_is_run_again(session):
 
 
 def test_a_length_that_is_not_measured_is_named(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["kernels.py", "run", "--out", "x", "--lengths", "7"])
+    monkeypatch.setattr("sys.argv", ["operators.py", "run", "--out", "x", "--lengths", "7"])
     with pytest.raises(UserError, match=r"--lengths must be among \[.*196.*\], got 7"):
-        kernels.main()
+        operators.main()

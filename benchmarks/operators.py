@@ -1,7 +1,7 @@
 """The Triton kernels on this GPU beside what one would use without them.
 
-    python benchmarks/kernels.py run --out kernels.json [--lengths N ...] [--minutes M]
-    python benchmarks/kernels.py show kernels.json [--plot kernels.png]
+    python benchmarks/operators.py run --out operators.json [--lengths N ...] [--minutes M]
+    python benchmarks/operators.py show operators.json [--plot operators.png]
 
 ours       the operator, both directions, as a model calls it
 chunked    the portable form of the same
@@ -9,7 +9,8 @@ chunk_gla  flash-linear-attention's causal operator twice, over flipped copies, 
            key made in PyTorch (`pip install metala-vision[bench]`; left out where it is missing)
 sdpa       softmax attention of the same width, by PyTorch's choice of kernel
 
-Forward, and forward with backward: medians, in milliseconds, with the cache cold. floor: the least
+Forward, and forward with backward: medians, in milliseconds, with the cache cold; gpu: the kernels
+of a call alone, without the time between them. floor: the least
 bytes (each input read once, each output written once) over the bandwidth of a copy on this device.
 Peak memory is above what the inputs hold: output, gradients, and what is needed on the way. Saved
 is what a forward pass keeps for its backward pass, inputs included. Whole models: `models.py`.
@@ -20,57 +21,37 @@ the portable form and SDPA on the CPU at small sizes, to show that it works.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pictures
 import torch
 import torch.nn.functional as F
-from gpu_timing import (
-    DEVICE,
-    DTYPE,
-    GPU,
-    bandwidth,
-    header,
-    headline,
-    milliseconds,
-    peak_mebibytes,
-    synchronize,
-)
-from results import (
-    DIED,
-    NOT_RUN,
-    OK,
-    OUT_OF_MEMORY,
-    Budget,
-    begin,
-    command,
-    put,
-    run_and_show,
-    save,
-    shown,
-)
+from gpu_timing import DEVICE, DTYPE, GPU, bandwidth, figures, header, headline
+from results import OK, Budget, begin, command, measure_rows, run_and_show, shown
+from subjects import FORMS, SHAPES
 from torch import Tensor
 
 from metala_vision.errors import UserError, one_line
 from metala_vision.kernels.gated_linear_attention import gated_linear_attention
 
 K, V = 32, 64
-# tokens, batch and heads: about as many tokens in each; the shapes that the goals name come first
-SHAPES = (
-    [(196, 128, 3), (4096, 8, 3), (16384, 2, 3), (1024, 32, 3), (64, 256, 2)]
-    if GPU
-    else [(64, 4, 2), (196, 2, 3), (1024, 1, 3)]
-)
-FORMS = ("ours", "chunk_gla", "sdpa", "chunked")
+if not GPU:
+    SHAPES = [(64, 4, 2), (196, 2, 3), (1024, 1, 3)]
 KEYS = ("form", "N", "B", "H", "backward")
 
 
-def chunk_gla() -> Callable[..., tuple[Tensor, Tensor]] | None:
+def chunk_gla() -> tuple[Callable[..., tuple[Tensor, Tensor]] | None, str]:
+    """The operator, or None and why it is left out."""
+    if not GPU:
+        return None, "needs a GPU"
     try:
         from fla.ops.gla import chunk_gla
-    except ImportError:
-        return None
-    return chunk_gla
+    except ModuleNotFoundError:
+        return None, "flash-linear-attention is not installed"
+    except Exception as error:  # of its many imports
+        return None, f"cannot be imported: {type(error).__name__}: {one_line(error)[:200]}"
+    return chunk_gla, ""
 
 
 def forms(q: Tensor, v: Tensor, gate: Tensor) -> dict[str, tuple[Callable[[], Tensor], list]]:
@@ -84,7 +65,7 @@ def forms(q: Tensor, v: Tensor, gate: Tensor) -> dict[str, tuple[Callable[[], Te
     }
     if GPU:
         found["ours"] = (lambda: gated_linear_attention(q, v, gate=gate, impl="triton"), ours)
-    gla = chunk_gla() if GPU else None
+    gla, _ = chunk_gla()
     if gla is not None:
 
         def twice() -> Tensor:
@@ -126,23 +107,17 @@ def saved_mebibytes(form: Callable[[], Tensor], leaves: list[Tensor]) -> float:
 
 
 def measure(name: str, N: int, B: int, H: int, backward: bool) -> dict:
-    """What one form needs; its status where that cannot be measured."""
+    """What one form needs; its status alone where that cannot be measured."""
     torch.manual_seed(0)
     options = {"device": DEVICE, "dtype": DTYPE, "requires_grad": backward}
     q, gate = (torch.randn(B, N, H, K, **options) for _ in range(2))
     v = torch.randn(B, N, H, V, **options)
     d_o = torch.randn_like(v, requires_grad=False) if backward else None
     form, leaves = forms(q, v, gate)[name]
-    call = step(form, leaves, d_o)
-    try:
-        saved = saved_mebibytes(form, leaves) if backward else None
-        peak = peak_mebibytes(call)
-        return {"status": OK, "ms": milliseconds(call), "peak_mib": peak, "saved_mib": saved}
-    except torch.OutOfMemoryError:
-        return {"status": OUT_OF_MEMORY}
-    except Exception as error:  # a compiler's, of others' kernels too: the next row may do
-        synchronize()  # where the device is lost, so is the process
-        return {"status": f"failed: {type(error).__name__}: {one_line(error)[:200]}"}
+    found = figures(step(form, leaves, d_o))
+    if backward and found["status"] == OK:
+        found["saved_mib"] = saved_mebibytes(form, leaves)
+    return found
 
 
 def available() -> list[str]:
@@ -153,46 +128,40 @@ def available() -> list[str]:
 
 def run(arguments: argparse.Namespace) -> None:
     budget = Budget(arguments.minutes)
-    result = begin(arguments.out, header("kernels"))
-    result.setdefault("bandwidth", bandwidth())
+    result = begin(arguments.out, header("operators"), arguments.retry)
+    if "bandwidth" not in result:
+        result["bandwidth"] = bandwidth()
+    gla, why = chunk_gla()
+    result["left_out"] = {} if gla else {"chunk_gla": why}
+    lengths = arguments.lengths or [N for N, _, _ in SHAPES]
+    wanted = rows(lengths, available(), result["bandwidth"])
+    measure_rows(arguments.out, result, wanted, KEYS, budget)
+    show(result)
+
+
+def rows(
+    lengths: list[int], names: list[str], bytes_per_second: float
+) -> Iterator[tuple[dict, str, Callable[[], dict]]]:
+    """Of each row what it begins with, its form, and what measures it."""
     for N, B, H in SHAPES:
-        if arguments.lengths and N not in arguments.lengths:
-            continue
-        for backward in (True, False):
+        for backward in (True, False) if N in lengths else ():
             least = (2 * K + 2 * V + (4 * K + 3 * V if backward else 0)) * DTYPE.itemsize
             least *= B * N * H
-            floor = {"bytes": least, "floor_ms": 1e3 * least / result["bandwidth"]}
-            for name in available():
-                row = {"form": name, "N": N, "B": B, "H": H, "backward": backward, **floor}
-                old = [r for r in result["rows"] if all(r[k] == row[k] for k in KEYS)]
-                if old and old[0]["status"] != NOT_RUN:
-                    continue
-                # The first of a form tunes itself, which says nothing of the next.
-                kind = f"{name}, tuned" if name in budget.longest else name
-                if not budget.fits(kind):
-                    put(result, row | {"status": NOT_RUN}, KEYS)
-                    continue
-                put(result, row | {"status": DIED}, KEYS)
-                save(arguments.out, result)
-                try:
-                    with budget.spending(kind):
-                        row |= measure(name, N, B, H, backward)
-                except (SystemExit, KeyboardInterrupt):  # stopped from outside
-                    row |= {"status": NOT_RUN}
-                    raise
-                finally:
-                    put(result, {"status": DIED, **row}, KEYS)
-                    save(arguments.out, result)
-    save(arguments.out, result)
-    show(result)
+            floor = {"bytes": least, "floor_ms": 1e3 * least / bytes_per_second}
+            for name in names:
+                shape = {"N": N, "B": B, "H": H, "backward": backward}
+                yield {"form": name, **shape, **floor}, name, partial(measure, name, **shape)
 
 
 def show(result: dict) -> None:
     print(headline(result))
     print(f"a copy moves {result['bandwidth'] / 1e9:.0f} GB/s")
+    for form, why in result["left_out"].items():
+        print(f"{form} is left out: {why}")
     print(f"{'N':>6} {'B':>4} {'H':>2} {'':13}", end="")
     print("".join(f"{form + ' ms':>13}" for form in FORMS), end="")
-    print(f"{'floor ms':>10}{'ours/floor':>11}{'gla/ours':>9}{'saved MiB':>10}{'gla':>8}"
+    print(f"{'ours gpu':>9}{'gla gpu':>9}{'floor ms':>10}{'ours/floor':>11}{'gla/ours':>9}"
+          f"{'saved MiB':>10}{'gla':>8}"
           f"{'peak MiB':>9}{'gla':>8}")  # fmt: skip
     keys = sorted({tuple(r[k] for k in KEYS[1:]) for r in result["rows"]})
     for N, B, H, backward in keys:
@@ -209,7 +178,9 @@ def show(result: dict) -> None:
         ours, gla = row.get("ours", {}).get("ms"), row.get("chunk_gla", {}).get("ms")
         floor = next(iter(row.values()))["floor_ms"]
         print(f"{N:6} {B:4} {H:2} {'with backward' if backward else 'forward':13}", end="")
-        print("".join(cell(form, "ms", 13, 3) for form in FORMS) + f"{floor:10.4f}", end="")
+        print("".join(cell(form, "ms", 13, 3) for form in FORMS), end="")
+        print("".join(cell(form, "gpu_ms", 9, 3) for form in ("ours", "chunk_gla")), end="")
+        print(f"{floor:10.4f}", end="")
         print(ratio(ours, floor, 11) + ratio(gla, ours, 9), end="")
         print(cell("ours", "saved_mib", 10, 1) + cell("chunk_gla", "saved_mib", 8, 1), end="")
         print(cell("ours", "peak_mib", 9, 0) + cell("chunk_gla", "peak_mib", 8, 0))
@@ -221,9 +192,8 @@ def show(result: dict) -> None:
 def main() -> None:
     parser, measured = run_and_show(__doc__)
     measured.add_argument("--lengths", type=int, nargs="+", metavar="N", help="only these")
-    measured.add_argument("--minutes", type=float, default=1e4, help="to take at most")
     arguments = parser.parse_args()
-    if shown(arguments, show, pictures.kernels):
+    if shown(arguments, show, pictures.operators):
         return
     lengths = [N for N, _, _ in SHAPES]
     if unknown := [N for N in arguments.lengths or () if N not in lengths]:
