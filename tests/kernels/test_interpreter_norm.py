@@ -36,7 +36,7 @@ def test_every_mode_and_gate_set_meets_the_rule(mode, gates):
 
 @settings(max_examples=15, deadline=None)
 @given(
-    st.integers(1, 200), st.integers(1, 3), st.integers(1, 3), st.integers(1, 128),
+    st.integers(1, 64), st.integers(1, 3), st.integers(1, 3), st.integers(1, 128),
     st.integers(1, 256), st.sampled_from(list(NORM_MODES)),
 )  # fmt: skip
 def test_any_shape_meets_the_rule(N, B, H, K, V, mode):

@@ -11,8 +11,8 @@ from tests._numerics import SAME, relative_rms
 from tests.models.test_backbone import NANO, small
 
 # Those over MetaLA's operator are compiled as it is; a process compiles one in ten seconds.
-ALIKE = ("gla_nano", "hgrn2_nano", "regla_nano", "retnet_nano")
-COMPILED = [pytest.param(n, marks=[pytest.mark.slow] if n in ALIKE else []) for n in NANO]
+# A compiler runs for ours alone, unless the slow tests are asked for.
+COMPILED = [pytest.param(n, marks=[] if n == "metala_nano" else [pytest.mark.slow]) for n in NANO]
 
 
 @pytest.fixture(autouse=True)

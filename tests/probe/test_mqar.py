@@ -371,6 +371,7 @@ def test_a_killed_sweep_ends_as_one_that_was_not(tmp_path):
 
 
 @pytest.mark.launch
+@pytest.mark.slow
 def test_softmax_attention_solves_the_small_setting(tmp_path):
     """875 of 2,000 steps when this was written."""
     flags = ["--mixers", "attention", "--learning-rates", "2.15e-3", "--seeds", "0"]
