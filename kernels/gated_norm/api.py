@@ -6,9 +6,10 @@ B batch, N tokens, H heads, K key width per head, V value width per head.
 import torch
 from torch import Tensor
 
-from metala_vision.kernels._fused import implementations
+from metala_vision.kernels._fused import implementations, in_graph
 from metala_vision.kernels._impl import choose
 from metala_vision.kernels._portable import plainly_eager
+from metala_vision.kernels.gated_norm import library
 from metala_vision.kernels.gated_norm.fused import Fused
 from metala_vision.kernels.gated_norm.portable import portable
 from metala_vision.kernels.gated_norm.reference import reference
@@ -56,8 +57,8 @@ def gated_norm(
         gate_divisor: > 0.
         norm: "layer" (mean and variance) or "rms" (mean square), over V, without weights.
         eps: added to the variance.
-        impl: "auto", "triton", "portable" or "reference"; "auto" is "triton" on a GPU in eager
-            Python, else "portable", which a compiler fuses.
+        impl: "auto", "triton", "portable" or "reference"; "auto" is "triton" on a GPU, compiled as
+            one node too, else "portable", which a compiler fuses.
     Returns:
         y [B, N, H, V] in o's dtype.
     Raises:
@@ -120,6 +121,8 @@ def _run(
     for x in (output_gate, bias, q, k, gate, v, w_aug):
         if x is not None and x.dtype == torch.float64:
             widest = x
+    if widest.dtype != torch.float64 and in_graph(o, impl) and library.wanted(o.device):
+        return library.node(*arguments)
     form = choose(impl, implementations(widest, impl, ("portable", "reference")))
     if form == "triton" and (impl == "triton" or plainly_eager(o)):
         return Fused.apply(*arguments)

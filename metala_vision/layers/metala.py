@@ -35,6 +35,12 @@ def decay_key(gate: Tensor, gate_divisor: float, like: Tensor) -> Tensor:
 
 
 @register_notrace_function
+def takes_decays(q: Tensor) -> bool:
+    """Whether decay and key are made before the operator, which the portable form would make once
+    more; a kernel reads less from the gate."""
+    return q.device.type == "cpu"
+
+
 def attend(
     q: Tensor,
     k: Tensor | None,
@@ -64,8 +70,7 @@ def attend(
     scale = q.shape[3] ** -0.5
     D = gates.shape[0]
     key = k
-    if w_aug is not None and k is None and D == 1 and turned_k is None and q.device.type == "cpu":
-        # The portable form would make decay and key once more; a kernel reads less from the gate.
+    if w_aug is not None and k is None and D == 1 and turned_k is None and takes_decays(q):
         log_decay, key = decay_and_key(gates[0], gate_divisor)
         o = gated_linear_attention_op(
             turned_q, v, key, None, log_decay, gate_divisor, scale, direction, order

@@ -196,7 +196,7 @@ def test_the_gated_norm_eager_compiled_in_a_cuda_graph_and_every_time():
         again = torch.autograd.grad(y, list(leaves.values()), torch.ones_like(y))
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     compiled = torch.compile(lambda x: gated_norm(**x), fullgraph=True)(given)
-    assert relative_rms(compiled, y.detach()) <= bound(torch.bfloat16, "y")
+    assert torch.equal(compiled, y)  # one node, of the same kernels
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = gated_norm(**given)
