@@ -2,11 +2,12 @@
 
     python benchmarks/saved.py [--models NAME ...] [--size PIXELS] [--batch B] [--out FILE.json]
 
-Forward under autocast to bfloat16, as torch.compile's partitioner divides it from the backward pass,
-with the operators as nodes as on a GPU: the bytes of all that the forward graph hands to the backward
-graph, weights in 16 bits among it, images and weights in float32 not. It is counted for two and four
-images, which gives it for any batch. The peak of a step lies above it by gradients, optimizer and
-what is needed on the way. The CPU's autocast stands for the GPU's, which takes LayerNorm in float32.
+Forward under autocast to bfloat16, as torch.compile's partitioner divides it from the backward
+pass, with the operators as nodes as on a GPU: the bytes of all that the forward graph hands to the
+backward graph, weights in 16 bits among it, images and weights in float32 not. It is counted for
+two and four images, which gives it for any batch. The peak of a step lies above it by gradients,
+optimizer and what is needed on the way. The CPU's autocast stands for the GPU's, which takes
+LayerNorm in float32.
 """
 
 import argparse
