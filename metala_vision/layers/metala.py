@@ -34,13 +34,13 @@ def decay_key(gate: Tensor, gate_divisor: float, like: Tensor) -> Tensor:
     return decay_and_key(gate, gate_divisor)[1].to(like.dtype)
 
 
-@register_notrace_function
 def takes_decays(q: Tensor) -> bool:
     """Whether decay and key are made before the operator, which the portable form would make once
     more; a kernel reads less from the gate."""
     return q.device.type == "cpu"
 
 
+@register_notrace_function
 def attend(
     q: Tensor,
     k: Tensor | None,
