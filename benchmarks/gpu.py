@@ -57,10 +57,10 @@ KERNELS, TRAINING = "tests/kernels/test_gpu.py", "tests/train/test_gpu.py"
 # Of each part the file, and the word of pytest -k.
 PARTS = {
     "others": (KERNELS, REST),
-    "training": (TRAINING, ""),
     **{name.removeprefix("test_"): (KERNELS, name) for name in LARGE},
+    "training": (TRAINING, ""),
 }
-SANITIZER = {"sanitizer": (KERNELS, "sanitizer")}
+SANITIZER = {tool: (KERNELS, f"sanitizer and {tool}") for tool in ("memcheck", "racecheck")}
 MOST_FAILURES = 40  # of a part, which ends there
 FAILURES, STOPPED = "failures", "stopped"  # all were run, or not
 HERE = Path(__file__).resolve().parent
@@ -122,8 +122,7 @@ def pytest_line(session: Session, part: str, file: str, word: str, before: str) 
     # Warnings of another machine's versions are no failures of ours.
     line = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-W", "default"]
     line += ["-p", "no:cacheprovider", "--maxfail", str(MOST_FAILURES), file, "-k", word]
-    # Two tests of the sanitizer, in turn: each takes the GPU for itself.
-    if session.workers > 1 and part != "sanitizer" and importlib.util.find_spec("xdist"):
+    if session.workers > 1 and part not in SANITIZER and importlib.util.find_spec("xdist"):
         line += ["-n", str(session.workers), "--dist", "worksteal"]
     # pytest leaves out what begins so: the name of a test may begin that of another, unless it ends
     # with its parameters.
@@ -146,7 +145,8 @@ def tests(session: Session, seconds: float, parts: dict[str, tuple[str, str]]) -
     budget = Budget(seconds / 60)
     ended = (OK,) if session.retry else (OK, FAILURES)
     done = {row["part"] for row in result["rows"] if row["status"] in ended}
-    waiting = [part for part in parts if part not in done]
+    begun = {row["part"] for row in result["rows"]}
+    waiting = sorted((part for part in parts if part not in done), key=begun.__contains__)
     for i, part in enumerate(waiting):
         # A minute at least: every part first imports and collects, in every process.
         share = min(budget.left(), max(60.0, budget.left() / (len(waiting) - i)))
@@ -177,18 +177,18 @@ def benchmark(session: Session, seconds: float, name: str) -> str:
     if name == "step" and not GPU:
         line += ["--no-compile"]  # minutes
     status, retry = None, session.retry and name != "block"
-    for _ in range(3):
+    for _ in range(3 if name in ("operators", "models", "scans") else 1):
         more = ["--retry"] if retry else []
         if name in ("operators", "models", "scans"):  # they stop by themselves, a little before
-            more += ["--minutes", f"{max(0.05, (0.95 * budget.left() - 10) / 60):.3f}"]
+            more += ["--minutes", f"{max(0.05, (0.95 * budget.left() - 20) / 60):.3f}"]
         status = limited([*line, *more], budget.left(), log)
         if status in (None, 0, 2) or budget.left() < 10:
             break
         retry = False  # not what the process has just died of
     result = read(out) if out.exists() else {"rows": []}
     if status is None:
-        if out.exists():  # a row that was being measured did not die of itself
-            save(out, settled(result, NOT_RUN))
+        if out.exists():  # a row that was being measured then did not heed the signal
+            save(out, settled(result, f"{STOPPED}: it did not end when it was told to"))
         return STOPPED
     if status:
         return f"{FAILED}: {last_line(log)}"
@@ -255,10 +255,14 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def archive(folder: Path, file: Path | None) -> None:
-    """The folder as one file, whole or as it was."""
-    if file is not None:
+    """The folder as one file, whole or as it was; the session goes on without."""
+    if file is None:
+        return
+    try:
         with replacing(file) as fresh, tarfile.open(fresh, "w:gz") as packed:
             packed.add(folder, folder.name)
+    except (UserError, OSError, tarfile.TarError) as error:
+        print(f"--pack: {error}", flush=True)
 
 
 def summary(out: Path, result: dict) -> str:

@@ -55,10 +55,13 @@ class Runner:
     def __init__(self, peers: list[str], limit: float, folder: Path) -> None:
         self.peers, self.limit, self.folder = peers, limit, folder
         self.compiled: set[Job] = set()
+        self.told: SystemExit | None = None  # to end, while a process was at work
         folder.mkdir(parents=True, exist_ok=True)
 
-    def _path(self, job: Job, way: str) -> Path:
-        return self.folder / f"{job.model}_{'_'.join(map(str, job.sizes))}_{way}"
+    def _paths(self, job: Job, way: str) -> tuple[Path, Path]:
+        """Of its rows and of its log; a model's name may have a dot."""
+        name = f"{job.model}_{'_'.join(map(str, job.sizes))}_{way}"
+        return self.folder / f"{name}.jsonl", self.folder / f"{name}.txt"
 
     def _command(self, job: Job, out: Path, *more: str) -> list[str]:
         flags = [f for text in self.peers for f in ("--peer", text)]
@@ -74,13 +77,8 @@ class Runner:
         started = []
         for job in jobs:
             self.compiled.add(job)
-            path = self._path(job, "ahead")
-            started.append(
-                start(
-                    self._command(job, path.with_suffix(".jsonl"), "--only-compile"),
-                    path.with_suffix(".txt"),
-                )
-            )
+            out, log = self._paths(job, "ahead")
+            started.append(start(self._command(job, out, "--only-compile"), log))
         last = time.monotonic() + min(seconds, self.limit)
         try:
             for process in started:
@@ -91,13 +89,18 @@ class Runner:
                 end_group(process, signal.SIGKILL)
 
     def rows(self, job: Job, seconds: float) -> list[dict]:
-        """Its rows, up to the size that its process did not live to end."""
-        out = self._path(job, "compiled" if job.compiled else "eager").with_suffix(".jsonl")
-        log = out.with_suffix(".txt")
+        """Its rows, up to the size that its process did not live to end.
+
+        Told to end, it remembers that, for its caller to end when the rows are saved.
+        """
+        out, log = self._paths(job, "compiled" if job.compiled else "eager")
         out.unlink(missing_ok=True)
         log.unlink(missing_ok=True)
         limit = self.limit * len(job.sizes)
-        status = limited(self._command(job, out), min(seconds, limit), log)
+        try:
+            status = limited(self._command(job, out), min(seconds, limit), log)
+        except SystemExit as error:  # what there is already is not to be lost
+            self.told, status, seconds = error, None, 0.0
         lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
         found = [json.loads(line) for line in lines]
         if status is not None:

@@ -53,10 +53,12 @@ from results import (
     Budget,
     begin,
     command,
+    find,
     put,
     run_and_show,
     save,
     shown,
+    stopped,
 )
 from subjects import BATCHES, COMPARATORS, DEIT, OURS, SMALL, TRAINING
 from torch import Tensor, nn
@@ -219,16 +221,20 @@ def run(arguments: argparse.Namespace) -> None:
         if waits and arguments.workers > 1 and budget.fits("compile ahead"):
             with budget.spending("compile ahead"):
                 ahead = [j for j in jobs[i:] if j.compiled and missing(j).sizes]
-                runner.compile_ahead(ahead[: arguments.workers], budget.left())
+                runner.compile_ahead(ahead[: arguments.workers], budget.left() / 2)
         kind = "compiled" if job.compiled else "eager"
         # A process that dies leaves the sizes behind the one in which it did.
         while (left := missing(job)).sizes and budget.fits(kind):
             with budget.spending(kind):
                 rows = runner.rows(left, budget.left())
             for row in rows:
+                if row["status"] == NOT_RUN:
+                    row |= stopped(find(result["rows"], **{key: row[key] for key in KEYS}))
                 put(result, row, KEYS)
                 print(line(row), flush=True)
             save(out, result)
+            if runner.told is not None:
+                raise runner.told
             if rows[-1]["status"] == NOT_RUN:  # the time is over
                 break
     show(result)

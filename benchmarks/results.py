@@ -22,6 +22,7 @@ from metala_vision.files import check_outputs, check_picture, write_text
 # What two parts of one result must have in common; `sources` tells what a commit changed of it.
 SAME = ("what", "device", "versions", "sources")
 OK, NOT_RUN, OUT_OF_MEMORY, FAILED = "ok", "not run", "out of memory", "failed"
+TWICE = "stopped twice"  # what is longer than the time that it is given
 MEASURING = "being measured"  # what a process leaves that dies meanwhile
 DIED = f"{FAILED}: the process died"
 
@@ -69,7 +70,7 @@ def begin(path: Path, header: dict, retry: bool = False) -> dict:
     settled(result, DIED)
     for row in result["rows"]:
         if retry and row.get("status", OK).startswith((FAILED, "stopped")):
-            row["status"] = NOT_RUN
+            row |= {"status": NOT_RUN, "tried": False}
     return result
 
 
@@ -126,6 +127,16 @@ class Budget:
             self.longest[kind] = max(self.longest.get(kind, 0.0), self.clock() - start)
 
 
+def stopped(before: dict | None) -> dict:
+    """What a row that is stopped has beside its keys: it is measured again, but not for ever.
+
+    Args:
+        before: the row as it was, if it was there.
+    """
+    again = before is None or not before.get("tried")
+    return {"status": NOT_RUN if again else TWICE, "tried": True}
+
+
 def measure_rows(
     path: Path,
     result: dict,
@@ -157,7 +168,8 @@ def measure_rows(
                 row = {**row, **measure()}
             status = row["status"]
         except (SystemExit, KeyboardInterrupt):  # stopped from outside
-            status = NOT_RUN
+            row |= stopped(old)
+            status = row["status"]
             raise
         finally:
             put(result, {**row, "status": status}, keys)

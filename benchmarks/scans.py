@@ -93,18 +93,23 @@ def rows(
     for N, B in shapes:
         for name, operator in (("linear_recurrence", hgrn), ("selective_scan", mamba)):
             for backward in (False, True):
-                forms, leaves, least, exponentials = operator(N, B, backward)
-                for form, call in forms.items():
+                forms, _, least, exponentials = operator(N, B, backward)
+                names = list(forms)
+                del forms  # with their tensors
+                for form in names:
                     row = {
                         "operator": name, "form": form.replace("triton", "ours"), "N": N, "B": B,
                         "backward": backward, "exp": exponentials, "bytes": least,
                         "floor_ms": 1e3 * least / bytes_per_second,
                     }  # fmt: skip
-                    yield row, f"{name}, {form}", partial(measure, call, leaves, backward)
+                    made = partial(measure, operator, form, N, B, backward)
+                    yield row, f"{name}, {form}", made
 
 
-def measure(call: Form, leaves: list[Tensor], backward: bool) -> dict:
+def measure(operator: Callable, form: str, N: int, B: int, backward: bool) -> dict:
     """The rest of a row."""
+    forms, leaves, _, _ = operator(N, B, backward)
+    call = forms[form]
     if not backward:
         return figures(call)
     made: list[Tensor] = []  # the gradient that comes in, beside the time

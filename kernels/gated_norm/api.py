@@ -58,7 +58,7 @@ def gated_norm(
         norm: "layer" (mean and variance) or "rms" (mean square), over V, without weights.
         eps: added to the variance.
         impl: "auto", "triton", "portable" or "reference"; "auto" is "triton" on a GPU, compiled as
-            one node too, else "portable", which a compiler fuses.
+            one node too (from torch 2.7 on), else "portable", which a compiler fuses.
     Returns:
         y [B, N, H, V] in o's dtype.
     Raises:

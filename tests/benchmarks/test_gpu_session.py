@@ -204,7 +204,12 @@ def test_parts_of_the_tests_go_on_without_what_has_passed(tmp_path, monkeypatch)
         ([0], ["ok", "out of memory"], "ok", None),
         ([0], ["ok", "failed: x"], "failures", None),
         ([0], ["failed: x", "not run"], "stopped", None),
-        ([None], ["ok", "being measured"], "stopped", ["ok", "not run"]),
+        (
+            [None],
+            ["ok", "being measured"],
+            "stopped",
+            ["ok", "stopped: it did not end when it was told to"],
+        ),
         ([1, 0], ["ok", "ok"], "ok", None),  # behind a process that died there is another
         ([1, 1, 1], ["ok"], "failed: it is said", None),
         ([2], ["ok"], "failed: it is said", None),  # a mistake of ours is none the second time
@@ -225,6 +230,25 @@ def test_a_benchmark_is_as_good_as_its_rows(ends, rows, state, after, tmp_path, 
     assert ["--retry" in line for line in lines] == [True] + [False] * (len(ends) - 1)
     found = json.loads((tmp_path / "models.json").read_text())["rows"]
     assert [row["status"] for row in found] == (after or rows)
+
+
+def test_parts_that_were_never_begun_come_first(tmp_path, monkeypatch):
+    chosen = []
+
+    def limited(line, seconds, log, first):
+        chosen.append(line[line.index("-k") + 1])
+        log.write_text("")
+
+    session = stage_of(tmp_path, monkeypatch, limited)
+    parts = {name: (FILE, name) for name in "abcd"}
+    assert gpu.tests(session, 100, {"a": parts["a"], "b": parts["b"]}) == "stopped"
+    gpu.tests(session, 100, parts)
+    assert chosen == ["a", "b", "c", "d", "a", "b"]
+
+
+def test_an_archive_that_cannot_be_written_is_told_and_no_end(tmp_path, capsys):
+    gpu.archive(tmp_path, tmp_path / "no folder" / "x.tar.gz")
+    assert "--pack: cannot write" in capsys.readouterr().out
 
 
 def test_what_failed_stands_in_the_summary(tmp_path):

@@ -59,9 +59,24 @@ def test_kernels_are_counted_without_copies_and_ranges(cuda, monkeypatch):
     assert gpu_timing.kernels_of(lambda: None) == (2, 0.501)
 
 
+def test_kernels_with_a_cold_cache_are_those_behind_the_filling(cuda, monkeypatch):
+    monkeypatch.setattr(gpu_timing, "DEVICE", torch.device("meta"))
+    sums = iter([7.0, 9.0, 8.0])
+
+    def trace(call):
+        call()
+        ours = [{"cat": "kernel", "ts": 2.0, "dur": 1e3 * next(sums)}]
+        return [*ours, {"cat": "kernel", "ts": 1.0, "dur": 5e4}, {"cat": "gpu_memset", "dur": 1}]
+
+    monkeypatch.setattr(gpu_timing, "trace", trace)
+    assert gpu_timing.cold_kernels_ms(lambda: None) == 8.0
+
+
 def test_a_profiler_that_sees_no_kernel_claims_none(cuda, monkeypatch):
     monkeypatch.setattr(gpu_timing, "trace", lambda call: [{"cat": "cpu_op", "dur": 1}])
     assert gpu_timing.kernels_of(lambda: None) == (None, None)
+    monkeypatch.setattr(gpu_timing, "DEVICE", torch.device("meta"))
+    assert gpu_timing.cold_kernels_ms(lambda: None) is None
     monkeypatch.setattr(step, "trace", lambda call: [])
     monkeypatch.setattr(step, "phase_times", lambda *_: {})
     with pytest.raises(UserError, match="the profiler saw no kernel"):

@@ -190,6 +190,22 @@ def test_what_does_not_fit_into_the_minutes_is_not_run_and_done_next_time(sessio
     assert seen == [("metala_tiny", 64), (deit, 64)]  # those that failed
 
 
+def test_what_was_measured_is_kept_by_one_that_is_told_to_end(session, monkeypatch):
+    rows = jobs.Runner.rows
+
+    def told(self, job, seconds):
+        self.told = SystemExit(143)
+        first, second, *_ = rows(self, job, seconds)
+        return [first, {**second, "status": "not run"}]
+
+    monkeypatch.setattr(jobs.Runner, "rows", told)
+    with pytest.raises(SystemExit):
+        session("--sizes", "32")
+    monkeypatch.setattr(jobs.Runner, "rows", rows)
+    found = session("--sizes", "32")[1]
+    assert [row["status"] for row in found] == ["out of memory", "ok"] * 2
+
+
 def test_a_file_of_other_code_is_not_gone_on_with(session, monkeypatch):
     session("--sizes", "32")
     monkeypatch.setattr(models, "header", lambda what: {**HEADER, "sources": "zzz"})

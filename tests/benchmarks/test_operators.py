@@ -94,6 +94,16 @@ def test_a_row_that_was_stopped_from_outside_is_run_again(session):
     assert calls[0] == calls[1] and len(calls) == 5
 
 
+def test_a_row_that_is_always_stopped_does_not_keep_the_others_from_running(session):
+    run, _, ends = session
+    ends += [SystemExit(143)] * 2
+    for _ in ends:
+        with pytest.raises(SystemExit):
+            run()
+    assert [r["status"] for r in run()] == ["stopped twice", "ok", "ok", "ok"]
+    assert [r["status"] for r in run(retry=True)] == ["ok"] * 4
+
+
 def test_a_length_that_is_not_measured_is_named(monkeypatch):
     monkeypatch.setattr("sys.argv", ["operators.py", "run", "--out", "x", "--lengths", "7"])
     with pytest.raises(UserError, match=r"--lengths must be among \[.*196.*\], got 7"):

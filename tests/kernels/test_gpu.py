@@ -195,8 +195,12 @@ def test_the_gated_norm_eager_compiled_in_a_cuda_graph_and_every_time():
         y = gated_norm(**leaves)
         again = torch.autograd.grad(y, list(leaves.values()), torch.ones_like(y))
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    compiled = torch.compile(lambda x: gated_norm(**x), fullgraph=True)(given)
-    assert torch.equal(compiled, y)  # one node, of the same kernels
+    compiled = torch.compile(lambda x: gated_norm(**x), fullgraph=True)(leaves)
+    found = torch.autograd.grad(compiled, list(leaves.values()), torch.ones_like(y))
+    one_node = hasattr(torch.compiler, "_is_exporting_flag")  # from torch 2.7 on: the same kernels
+    for ours, eager in zip((compiled, *found), (y, *first), strict=True):
+        limit = 0.0 if one_node else bound(torch.bfloat16, "y")
+        assert relative_rms(ours.detach(), eager.detach()) <= limit
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = gated_norm(**given)
