@@ -342,6 +342,7 @@ def test_a_state_that_is_not_whole_is_named(tmp_path, capsys):
 
 
 @pytest.mark.launch
+@pytest.mark.slow
 def test_a_killed_sweep_ends_as_one_that_was_not(tmp_path):
     """Killed in its first run and in its third, with as many threads as here."""
     flags = ["--mixers", "metala", "mamba", *TINY, "--train-examples", "256", "--epochs", "5",
