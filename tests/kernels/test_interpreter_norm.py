@@ -8,9 +8,10 @@ from torch.utils.checkpoint import checkpoint
 
 from metala_vision.kernels._fused import interpreted
 from metala_vision.kernels.gated_linear_attention import gated_linear_attention
-from metala_vision.kernels.gated_norm import gated_norm
+from metala_vision.kernels.gated_norm import gated_norm, library
 from tests._numerics import GATES, SAME, bound, relative_rms
 from tests.kernels._cases import NORM_MODES, norm_errors, norm_inputs
+from tests.kernels.test_library import one_node
 
 if not interpreted():
     pytest.skip("needs TRITON_INTERPRET=1: make test-kernels", allow_module_level=True)
@@ -189,3 +190,20 @@ def test_a_mixers_gradients_with_a_graph_are_those_without(monkeypatch):
         plain = torch.autograd.grad(loss, inputs)
         for a, b in zip(first, plain, strict=True):
             assert relative_rms(a, b) <= 10 * SAME
+
+
+@one_node
+@pytest.mark.parametrize("more", [{}, {"aug": "k"}, {"aug": None, "bias": False}])
+def test_the_compiled_node_runs_the_same_kernels(more, monkeypatch):
+    """As on a GPU, forward and backward."""
+    monkeypatch.setattr(library, "wanted", lambda device: True)
+    monkeypatch.setattr(library, "_takes_kernels", lambda x: True)
+    leaves = {name: x.detach().requires_grad_() for name, x in norm_inputs(20, **more).items()}
+    results = []
+    for form in (
+        torch.compile(lambda x: gated_norm(**x), fullgraph=True, backend="aot_eager"),
+        lambda x: gated_norm(**x, impl="triton"),
+    ):
+        y = form(leaves)
+        results.append([y, *torch.autograd.grad(y.square().sum(), list(leaves.values()))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
