@@ -9,9 +9,10 @@ bytes     a token, that these operations read and write in bfloat16
 floor     a token, if the part were one kernel: each input read once, each output written once
 ms        forward, and forward with backward: medians, on this device
 
-launches and bytes are counted, not measured: they are the same on every machine. The part between
-the operator and the output projection stands there twice: op by op, as a model runs it on a CPU,
-and as the kernel that a GPU runs. The last rows are the whole block, and the block compiled.
+launches and bytes are counted, not measured: they are the same on every machine. The convolution
+and the part between the operator and the output projection stand there twice: op by op, as a model
+runs them on a CPU, and as the kernels that a GPU runs. The last rows are the whole block, and the
+block compiled.
 """
 
 import argparse
@@ -28,10 +29,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from metala_vision.kernels.depthwise_conv import depthwise_conv_silu
 from metala_vision.kernels.gated_linear_attention import decay_and_key, gated_linear_attention
 from metala_vision.kernels.gated_norm import gated_norm
 
-KERNELS = ("operator", "self-augmentation, norm, gate: one kernel")
+NORM, CONVOLUTION = "self-augmentation, norm, gate", "3x3 convolution, SiLU"
+KERNELS = ("operator", f"{NORM}: one kernel", f"{CONVOLUTION}: one kernel")
 Part = tuple[Callable[..., Any], list[Tensor]]
 
 
@@ -93,18 +96,23 @@ def parts(device: str, dtype: torch.dtype, batch: int, size: int) -> dict[str, P
 
         return call
 
+    def convolution(impl: str) -> Callable[..., Any]:
+        return lambda x, taps: depthwise_conv_silu(x, taps, top=1, left=1, impl=impl)
+
+    taps = mixer.conv.conv.weight.detach().squeeze(1)
     tail_inputs = [o, output_gate, bias, q, key, v, mixer.w_aug.detach()]
     found: dict[str, Part] = {
         "norm": (block.norm1, [x]),
-        "3x3 convolution, SiLU": (mixer.conv, [x]),
+        f"{CONVOLUTION}: op by op": (convolution("portable"), [x, taps]),
+        KERNELS[2]: (convolution("auto"), [x, taps]),
         "input projection": (mixer.in_proj, [x]),
     }
     if not from_gate:
         found["decay and key"] = (lambda gate: decay_and_key(gate, 16.0), [gate])
     found |= {
         "operator": (operator, [q, v, log_decay, key] if not from_gate else [q, v, gate, gate]),
-        "self-augmentation, norm, gate: op by op": (tail("portable"), tail_inputs),
-        "self-augmentation, norm, gate: one kernel": (tail("auto"), tail_inputs),
+        f"{NORM}: op by op": (tail("portable"), tail_inputs),
+        KERNELS[1]: (tail("auto"), tail_inputs),
         "output projection": (mixer.out_proj, [x]),
         "residual": (torch.add, [x, x.clone()]),
         "norm and channel mixer": (lambda x: block.mlp(block.norm2(x)), [x]),
@@ -147,7 +155,8 @@ def timed(batch: int, size: int, repeats: int) -> Iterator[tuple[str, dict[str, 
     """A column after the other: {part: milliseconds} of `forward`, and of `step`."""
     found = parts(DEVICE.type, DTYPE, batch, size)
     if not GPU:
-        del found[KERNELS[1]]
+        for name in KERNELS[1:]:
+            del found[name]
     whole, (x,) = found["whole block"]
     found["whole block, compiled"] = (torch.compile(whole), [x])
 

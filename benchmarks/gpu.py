@@ -51,7 +51,8 @@ from metala_vision.files import check_outputs, replacing, write_text
 SHARES = {"tests": 30, "sanitizer": 14, "operators": 13, "models": 28, "step": 8, "scans": 4,
           "block": 3}  # fmt: skip
 LARGE = ("test_the_error_rule", "test_every_mode", "test_the_gated_norm",
-         "test_the_linear_recurrence", "test_the_selective_scan")  # fmt: skip
+         "test_the_depthwise_convolution", "test_the_linear_recurrence",
+         "test_the_selective_scan")  # fmt: skip
 REST = " and ".join(f"not {name}" for name in (*LARGE, "sanitizer"))
 KERNELS, TRAINING = "tests/kernels/test_gpu.py", "tests/train/test_gpu.py"
 # Of each part the file, and the word of pytest -k.

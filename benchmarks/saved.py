@@ -27,15 +27,18 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from metala_vision.errors import UserError
 from metala_vision.files import check_outputs
-from metala_vision.kernels.gated_norm import library
+from metala_vision.kernels.depthwise_conv import library as conv_library
+from metala_vision.kernels.gated_norm import library as norm_library
 from metala_vision.layers import metala
 
 
 @contextlib.contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    """The norm is a node, and operators take gates, not the decays and keys made of them."""
+    """Convolution and norm are nodes, and operators take gates, not the decays and keys made of
+    them."""
     with (
-        mock.patch.object(library, "wanted", lambda device: True),
+        mock.patch.object(conv_library, "wanted", lambda device: True),
+        mock.patch.object(norm_library, "wanted", lambda device: True),
         mock.patch.object(metala, "takes_decays", lambda q: False),
     ):
         yield

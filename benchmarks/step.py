@@ -50,6 +50,7 @@ KINDS = {
     "fused, elementwise": r"^triton_(poi|for|unk)_",
     "operator": r"gated_linear_attention|linear_recurrence|selective_scan",
     "norm and gate, one kernel": r"gated_norm",
+    "convolution and SiLU, one kernel": r"depthwise_conv_(fwd|bwd)_kernel",
     "optimizer": r"multi_tensor|adam",
     "convolutions": r"conv|wgrad|dgrad|fprop|nchwToNhwc|nhwcToNchw",
     "softmax attention": r"flash|fmha|attention",

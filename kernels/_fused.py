@@ -36,6 +36,20 @@ def runs_on(device: torch.device) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+@cache
+def triton_version() -> tuple[int, ...]:
+    """Major and minor."""
+    from triton import __version__
+
+    return tuple(int(n) for n in __version__.split(".")[:2])
+
+
+@torch.compiler.assume_constant_result
+def carries_tuples() -> bool:
+    """Whether Triton carries a tuple through a loop: from 3.3 on, which comes with PyTorch 2.7."""
+    return triton_version() >= (3, 3)
+
+
 def why_not(q: Tensor) -> str:
     """What of a call the kernels do not take, in words; nothing if they take it."""
     if q.dtype == torch.float64:

@@ -70,6 +70,13 @@ def sums(table, x, DOT: tl.constexpr):
 
 
 @triton.jit
+def sigmoid(x):
+    """Without overflow for any x."""
+    w = tl.exp(-tl.abs(x))
+    return tl.where(x > 0, 1.0, w) / (1.0 + w)
+
+
+@triton.jit
 def log_decay_of(gate, rate, DOT: tl.constexpr):
     """log alpha = logsigmoid(gate) * rate, of a raw gate.
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from metala_vision.kernels._triton import Launch, tile
+from metala_vision.kernels._triton import Launch, sigmoid, tile
 from metala_vision.kernels.gated_norm.triton_fwd import (
     Call,
     key_and_slope,
@@ -19,7 +19,6 @@ from metala_vision.kernels.gated_norm.triton_fwd import (
     normalised,
     rows_of,
     shapes_of,
-    sigmoid,
     strides_of,
     tanh,
 )

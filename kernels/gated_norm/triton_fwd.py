@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from metala_vision.kernels._triton import Launch, key_of, log_decay_of, tile
+from metala_vision.kernels._triton import Launch, key_of, log_decay_of, sigmoid, tile
 
 TILE = 1024  # elements of R x BV: 8 a thread, one vector of 16 bytes in 16 bits
 
@@ -25,13 +25,6 @@ def tanh(x):
     y = x * x
     near = x / (1.0 + y / (3.0 + y / (5.0 + y / (7.0 + y * (1.0 / 9)))))
     return tl.where(tl.abs(x) < 0.625, near, tl.where(x < 0, -far, far))
-
-
-@triton.jit
-def sigmoid(x):
-    """Without overflow for any x."""
-    w = tl.exp(-tl.abs(x))
-    return tl.where(x > 0, 1.0, w) / (1.0 + w)
 
 
 @triton.jit

@@ -4,10 +4,16 @@ B batch, Gh x Gw the token grid, N = Gh * Gw tokens in raster order, C width.
 """
 
 import re
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import register_notrace_function
 from torch import Tensor, nn
+
+from metala_vision.kernels.depthwise_conv import depthwise_conv_silu_op
+
+register_notrace_function(depthwise_conv_silu_op)
 
 CONVS = ("depthwise2d", "causal1d", "none")
 ACCEPTED = (*CONVS, "causal1d(WIDTH)")
@@ -26,6 +32,17 @@ def causal_width(kind: str) -> int:
     if found is None:
         raise ValueError(f"conv={kind!r} is unknown; accepted: {', '.join(ACCEPTED)}")
     return int(found[1])
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a convolution is torch's own, called by nobody else: without hooks, a parametrization
+    or an adapter (LoRA) in its place, which its parameters alone would pass by."""
+    return type(module) in (nn.Conv1d, nn.Conv2d) and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 class TokenConv(nn.Module):
@@ -78,6 +95,27 @@ class TokenConv(nn.Module):
         """x [B, Gh, Gw, C] -> [B, Gh, Gw, C]."""
         if self.kind == "none":
             return x
+        if torch.jit.is_scripting():
+            return self.by_module(x)
+        else:
+            return self.by_operator(x) if is_plain(self.conv) else self.by_module(x)
+
+    @torch.jit.unused
+    def by_operator(self, x: Tensor) -> Tensor:
+        """Convolution and SiLU at once, by the module's parameters: on a GPU one kernel."""
+        conv: Any = self.conv
+        weight, bias = conv.weight, conv.bias
+        if self.kind == "depthwise2d":
+            return depthwise_conv_silu_op(x, weight.squeeze(1), bias, 1, 1)
+        sequence = x.flatten(1, 2).unsqueeze(1)
+        if self.reverse:
+            y = depthwise_conv_silu_op(sequence, weight.flip(2), bias, 0, 0)
+        else:
+            y = depthwise_conv_silu_op(sequence, weight, bias, 0, self.before)
+        return y.reshape(x.shape)
+
+    def by_module(self, x: Tensor) -> Tensor:
+        """Through the module, whatever stands in its place."""
         if self.kind == "depthwise2d":
             return F.silu(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         tokens = x.flatten(1, 2).transpose(1, 2)  # [B, C, N]

@@ -176,6 +176,7 @@ def test_a_kernel_belongs_to_the_range_of_its_launch_in_the_thread_of_its_launch
         ("triton_poi_fused_gated_norm_silu_2", "fused, elementwise"),
         ("gated_linear_attention_bwd_kernel", "operator"),
         ("gated_norm_fwd_kernel", "norm and gate, one kernel"),
+        ("depthwise_conv_bwd_kernel", "convolution and SiLU, one kernel"),
         ("nvjet_hsh_128x128_64x4_1x2_h_bz_NNN", "products"),
         ("sm90_xmma_gemm_bf16bf16", "products"),
         ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),

@@ -2,6 +2,7 @@
 
 import torch
 
+from metala_vision.kernels.depthwise_conv import depthwise_conv_silu
 from metala_vision.kernels.gated_linear_attention import gated_linear_attention
 from metala_vision.kernels.gated_linear_attention.reference import reference
 from metala_vision.kernels.gated_norm import gated_norm
@@ -146,6 +147,47 @@ def norm_errors(
         found = torch.autograd.grad(y, list(given.values()), d_y.to(device, dtype))
         results.append({"y": y.detach(), **dict(zip(given, found, strict=True))})
     return {name: relative_rms(results[0][name], x) for name, x in results[1].items()}
+
+
+# What a call of depthwise_conv_silu may bring: taps, where they start, a bias.
+CONV_MODES = {
+    "3x3": {},
+    "3x3, bias": {"bias": True},
+    "causal": {"taps": (1, 4), "left": 3, "bias": True},
+    "backward": {"taps": (1, 4), "left": 0},
+    "nine": {"taps": (1, 9), "left": 8},
+    "lopsided": {"taps": (2, 3), "left": 0},
+    "one": {"taps": (1, 1), "left": 0, "bias": True},
+}
+
+
+def conv_inputs(
+    grid=(5, 7), *, taps=(3, 3), left=1, bias=False, B=2, C=20, dtype=torch.float32, device="cpu",
+):  # fmt: skip
+    """Arguments by name; the map as a slice of a projection."""
+    if taps[0] == 1:
+        grid = (1, grid[0] * grid[1])
+    x = normal(B, *grid, 2 * C, seed=0).to(device, dtype)[..., C:]
+    given = {"x": x, "weight": normal(C, *taps, seed=1).to(device, dtype)}
+    if bias:
+        given["bias"] = normal(C, seed=2).to(device, dtype)
+    return given, {"top": taps[0] // 2, "left": left}
+
+
+def conv_errors(
+    grid=(5, 7), *, impl="triton", device="cpu", working_dtype=torch.float32, **shape
+):  # fmt: skip
+    """Relative RMS error of the output and of every gradient of one call against float64."""
+    inputs, padding = conv_inputs(grid, dtype=working_dtype, device=device, **shape)
+    d_y = normal(*inputs["x"].shape, seed=9).to(working_dtype)
+    results = []
+    for form, dtype in ((impl, working_dtype), ("reference", torch.float64)):
+        given = {name: t.detach().to(dtype).requires_grad_() for name, t in inputs.items()}
+        y = depthwise_conv_silu(**given, **padding, impl=form)
+        assert y.dtype == dtype
+        found = torch.autograd.grad(y, list(given.values()), d_y.to(device, dtype))
+        results.append({"y": y.detach(), **dict(zip(given, found, strict=True))})
+    return {name: relative_rms(results[0][name], t) for name, t in results[1].items()}
 
 
 # What a call of linear_recurrence may bring: one b for each direction, an order.

@@ -25,6 +25,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from metala_vision.kernels._triton import Launch
+from metala_vision.kernels.depthwise_conv.triton_bwd import (
+    backward_launches as conv_backward_launches,
+)
+from metala_vision.kernels.depthwise_conv.triton_fwd import Call as ConvCall
+from metala_vision.kernels.depthwise_conv.triton_fwd import forward_launch as conv_forward_launch
 from metala_vision.kernels.gated_linear_attention.triton_bwd import backward_launches
 from metala_vision.kernels.gated_linear_attention.triton_fwd import forward_launches
 from metala_vision.kernels.gated_linear_attention.triton_states import Call, padded
@@ -40,7 +45,7 @@ from metala_vision.kernels.selective_scan.triton_fwd import Call as ScanCall
 from metala_vision.kernels.selective_scan.triton_fwd import (
     forward_launches as scan_forward_launches,
 )
-from tests.kernels._cases import NORM_MODES, norm_inputs
+from tests.kernels._cases import CONV_MODES, NORM_MODES, conv_inputs, norm_inputs
 
 pytestmark = pytest.mark.aot
 
@@ -144,6 +149,17 @@ def norm_launches(K, V, dtype, mode):
     return [forward_launch(call)[1], backward_launch(given["o"], call)[1]]
 
 
+def conv_launches(grid, C, dtype, mode, B=256):
+    """Those of one forward and one backward pass of the depthwise convolution; by default of so
+    many samples that programs take several tiles."""
+    inputs, padding = conv_inputs(grid, C=1, B=1, dtype=dtype, **CONV_MODES[mode])
+    _, *taps = inputs["weight"].shape
+    x = torch.empty(B, *inputs["x"].shape[1:3], 2 * C, dtype=dtype, device="meta")[..., C:]
+    weight = torch.empty(C, *taps, dtype=dtype, device="meta")
+    call = ConvCall(x, weight, weight[:, 0, 0] if "bias" in inputs else None, *padding.values())
+    return [conv_forward_launch(call)[1], *conv_backward_launches(x, call)[1]]
+
+
 def recurrence_launches(M, C, N, dtype, direction, ordered=False, B=2):
     """Those of one forward and one backward pass of the linear recurrence."""
     b = torch.empty(B, N, M + 1, C, dtype=dtype)[:, :, :M]
@@ -230,6 +246,17 @@ def test_the_models_gated_norm_compiles_for_every_target(target, tmp_path):
     check_launches(target, norm_launches(32, 64, torch.bfloat16, "gate"), "", tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("mode", CONV_MODES)
+def test_the_depthwise_convolution_compiles_for_an_h100(mode, dtype, tmp_path):
+    check_launches("sm_90", conv_launches((14, 14), 192, dtype, mode), "", tmp_path)
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if t != "sm_90"])
+def test_the_models_depthwise_convolution_compiles_for_every_target(target, tmp_path):
+    check_launches(target, conv_launches((14, 14), 192, torch.bfloat16, "3x3"), "", tmp_path)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_models_linear_recurrence_compiles_for_every_target(target, tmp_path):
     for dtype in (torch.bfloat16, torch.float32):
@@ -283,6 +310,18 @@ def test_every_selective_scan_compiles(target, width, N, dtype, direction, order
 )  # fmt: skip
 def test_every_gated_norm_compiles(target, width, dtype, mode, tmp_path):
     check_launches(target, norm_launches(*width, dtype, mode), "", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "grid", "C", "dtype", "mode"),
+    list(product(
+        TARGETS, ((1, 1), (14, 14)), (1, 40, 384),
+        (torch.bfloat16, torch.float16, torch.float32), CONV_MODES,
+    )),
+)  # fmt: skip
+def test_every_depthwise_convolution_compiles(target, grid, C, dtype, mode, tmp_path):
+    check_launches(target, conv_launches(grid, C, dtype, mode, 1 + 255 * (C > 1)), "", tmp_path)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import metala_vision  # noqa: F401
+from metala_vision.kernels.depthwise_conv import depthwise_conv_silu
 from metala_vision.kernels.gated_linear_attention import (
     DIRECTIONS,
     fused,
@@ -24,12 +25,15 @@ from metala_vision.layers import MambaMixer
 from metala_vision.layers.conv import CONVS
 from tests._numerics import GATES, LENGTHS, bound, normal, relative_rms
 from tests.kernels._cases import (
+    CONV_MODES,
     MODES,
     NORM_MODES,
     RECURRENCE_MODES,
     SCAN_MODES,
     STEP_GATES,
     TAU,
+    conv_errors,
+    conv_inputs,
     inputs,
     mode_errors,
     norm_errors,
@@ -210,6 +214,60 @@ def test_the_gated_norm_eager_compiled_in_a_cuda_graph_and_every_time():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("C", [1, 40, 192, 384])
+@pytest.mark.parametrize("grid", [(1, 1), (14, 14), (33, 61), (128, 128)])
+@pytest.mark.parametrize("mode", CONV_MODES)
+def test_the_depthwise_convolution(mode, grid, C, dtype):
+    measured = conv_errors(grid, B=3, C=C, device="cuda", working_dtype=dtype, **CONV_MODES[mode])
+    for name, error in measured.items():
+        assert error <= bound(dtype, name), (name, error)
+
+
+def test_the_convolution_of_many_samples_is_that_of_each():
+    """So many that programs take several tiles."""
+    inputs, padding = conv_inputs((14, 14), B=300, C=192, dtype=torch.bfloat16, device="cuda")
+    many, one = (
+        conv_gradients({**inputs, "x": x}, padding) for x in (inputs["x"], inputs["x"][-1:])
+    )
+    assert torch.equal(many[0][-1:], one[0]) and torch.equal(many[1][-1:], one[1])
+
+
+def conv_gradients(inputs, padding, form=depthwise_conv_silu):
+    """y, and the gradients of its sum of squares."""
+    leaves = {name: t.detach().requires_grad_() for name, t in inputs.items()}
+    y = form(**leaves, **padding)
+    found = torch.autograd.grad(y.float().square().sum(), list(leaves.values()))
+    return [y.detach(), *found]
+
+
+@pytest.mark.parametrize("mode", ["3x3, bias", "causal"])
+def test_the_convolution_eager_compiled_under_autocast_in_a_cuda_graph_and_every_time(mode):
+    inputs, padding = conv_inputs(
+        (14, 14), C=192, dtype=torch.bfloat16, device="cuda", **CONV_MODES[mode]
+    )
+    leaf = inputs["x"].detach().requires_grad_()
+    assert "Fused" in type(depthwise_conv_silu(**{**inputs, "x": leaf}, **padding).grad_fn).__name__
+    first = conv_gradients(inputs, padding)
+    compiled = torch.compile(depthwise_conv_silu, fullgraph=True)
+    one_node = hasattr(torch.compiler, "_is_exporting_flag")  # from torch 2.7 on: the same kernels
+    for form in (depthwise_conv_silu, compiled):
+        limit = bound(torch.bfloat16, "y") if form is compiled and not one_node else 0.0
+        for ours, other in zip(conv_gradients(inputs, padding, form), first, strict=True):
+            assert relative_rms(ours, other) <= limit
+    wide = {name: t.float() for name, t in inputs.items()}
+    with torch.autocast("cuda", torch.bfloat16):
+        under = conv_gradients(wide, padding)
+    assert under[0].dtype == torch.bfloat16 and under[1].dtype == torch.float32
+    assert torch.equal(under[0], first[0])
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        captured = depthwise_conv_silu(**inputs, **padding)
+    captured.zero_()
+    graph.replay()
+    assert torch.equal(captured, first[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("N", LENGTHS)
 @pytest.mark.parametrize("gates", GATES)
 @pytest.mark.parametrize("mode", RECURRENCE_MODES)
@@ -326,6 +384,10 @@ def test_the_sanitizer_finds_nothing(tool):
         "    q, g, v = (torch.randn(1, N, 2, e).cuda().bfloat16() for e in (20, 20, 40))\n"
         "    q.requires_grad_()\n"
         "    gated_linear_attention(q, v, gate=g).sum().backward()\n"
+        "from metala_vision.kernels.depthwise_conv import *\n"
+        "x = torch.randn(2, 5, 7, 40).cuda().bfloat16().requires_grad_()\n"
+        "w = torch.randn(40, 3, 3).cuda().bfloat16().requires_grad_()\n"
+        "depthwise_conv_silu(x, w, top=1, left=1).sum().backward()\n"
         "torch.cuda.synchronize()"
     )
     done = subprocess.run(

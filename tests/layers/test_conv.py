@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from metala_vision.layers.conv import TokenConv
-from tests._numerics import normal
+from metala_vision.layers.conv import TokenConv, is_plain
+from tests._numerics import normal, relative_rms
 from tests.layers.test_mixers import C
 
 
@@ -33,3 +33,60 @@ def test_the_causal_convolution_keeps_its_width_and_is_scripted():
         assert str(caught.value) == (
             f"conv={wrong!r} is unknown; accepted: depthwise2d, causal1d, none, causal1d(WIDTH)"
         )
+
+
+KINDS = {"depthwise2d": "forward", "causal1d": "forward", "causal1d(2)": "backward"}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_operator_is_what_the_module_gives(kind, bias):
+    conv = TokenConv(C, kind, KINDS[kind], bias=bias, dtype=torch.float64)
+    x = normal(2, 4, 5, C, seed=1).requires_grad_()
+    assert is_plain(conv.conv)
+    inputs = [x, *conv.parameters()]
+    results = []
+    for y in (conv(x), conv.by_module(x)):
+        results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+    for ours, other in zip(*results, strict=True):
+        assert relative_rms(ours, other) <= 1e-14
+
+
+def hooked(conv):
+    conv.conv.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+def parametrized(conv):
+    class Double(torch.nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    torch.nn.utils.parametrize.register_parametrization(conv.conv, "weight", Double())
+
+
+def adapted(conv):
+    """As peft puts a module of its own in the convolution's place."""
+
+    class Adapted(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+            self.weight, self.bias = inner.weight, inner.bias
+
+        def forward(self, x):
+            return 2 * self.inner(x)
+
+    conv.conv = Adapted(conv.conv)
+
+
+@pytest.mark.parametrize("change", [hooked, parametrized, adapted])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_stands_in_the_convolutions_place_is_not_passed_by(kind, change):
+    conv = TokenConv(C, kind, KINDS[kind], dtype=torch.float64)
+    x = normal(1, 3, 4, C, seed=2)
+    change(conv)
+    after = conv(x)
+    weight = 2 * conv.conv.weight if change is not parametrized else conv.conv.weight
+    plain = TokenConv(C, kind, KINDS[kind], dtype=torch.float64)
+    plain.load_state_dict({"conv.weight": weight.detach()})
+    assert relative_rms(after, plain(x)) <= 1e-14  # SiLU(2 z)

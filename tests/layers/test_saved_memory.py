@@ -4,7 +4,8 @@ import pytest
 import timm
 import torch
 
-from metala_vision.kernels.gated_norm import library
+from metala_vision.kernels.depthwise_conv import library as conv_library
+from metala_vision.kernels.gated_norm import library as norm_library
 from tests.benchmarks._load import load
 from tests.kernels.test_library import one_node
 
@@ -29,20 +30,29 @@ def block_and_map(name):
 
 
 def test_a_block_saves_each_intermediate_once_in_sixteen_bits(as_on_a_gpu):
-    """Norm, convolution, its SiLU, projections, operator, norm and gate, norm, the GLU's two
+    """Norm, convolution with its SiLU, projections, operator, norm and gate, norm, the GLU's two
     projections and their product; the residual in float32. Besides only weights and statistics."""
     block, x = block_and_map("metala_tiny")
     H, K = block.mixer.num_heads, block.mixer.key_width
-    widths = 3 * C + 2 * (H * K + C) + 2 * C + C + 3 * HIDDEN + 2 * C
+    widths = 2 * C + 2 * (H * K + C) + 2 * C + C + 3 * HIDDEN + 2 * C
     exact = 2 * TOKENS * widths
     weights = 2 * sum(p.numel() for p in block.parameters())
     assert exact <= saved_bytes(block, x) <= 1.01 * exact + weights
 
 
-def test_without_the_node_it_would_save_float32_too(as_on_a_gpu, monkeypatch):
+def test_without_the_convolutions_node_it_would_save_what_stands_before_silu(
+    as_on_a_gpu, monkeypatch
+):
     block, x = block_and_map("metala_tiny")
     few = saved_bytes(block, x)
-    monkeypatch.setattr(library, "wanted", lambda device: False)
+    monkeypatch.setattr(conv_library, "wanted", lambda device: False)
+    assert saved_bytes(block, x) >= few + 2 * TOKENS * C
+
+
+def test_without_the_norms_node_it_would_save_float32_too(as_on_a_gpu, monkeypatch):
+    block, x = block_and_map("metala_tiny")
+    few = saved_bytes(block, x)
+    monkeypatch.setattr(norm_library, "wanted", lambda device: False)
     H, K, V = block.mixer.num_heads, block.mixer.key_width, block.mixer.value_width
     assert saved_bytes(block, x) >= few + 4 * TOKENS * H * (K + V)  # of queries and values alone
 
