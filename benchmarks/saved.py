@@ -29,7 +29,7 @@ from metala_vision.errors import UserError
 from metala_vision.files import check_outputs
 from metala_vision.kernels.depthwise_conv import library as conv_library
 from metala_vision.kernels.gated_norm import library as norm_library
-from metala_vision.layers import metala
+from metala_vision.layers import conv, metala
 
 
 @contextlib.contextmanager
@@ -37,6 +37,7 @@ def as_on_a_gpu() -> Iterator[None]:
     """Convolution and norm are nodes, and operators take gates, not the decays and keys made of
     them."""
     with (
+        mock.patch.object(conv, "on_gpu", lambda x: True),
         mock.patch.object(conv_library, "wanted", lambda device: True),
         mock.patch.object(norm_library, "wanted", lambda device: True),
         mock.patch.object(metala, "takes_decays", lambda q: False),

@@ -69,14 +69,16 @@ def depthwise_conv_silu_op(
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor | None, top: int, left: int, impl: str) -> Tensor:
     given = as_autocast(x)
-    if in_graph(x, impl) and library.wanted(x.device) and not _left_out(given, weight):
+    # Not within whole_operators: PyTorch counts the operations of its convolution by itself.
+    in_node = torch.compiler.is_compiling() and in_graph(x, impl) and library.wanted(x.device)
+    if in_node and not _left_out(given, weight, bias):
         return library.node(given, weight, bias, top, left)
     form = choose(impl, implementations(given, impl, ("portable", "reference")))
     if form == "reference":
         return reference(given, weight, bias, top, left)
     if form == "portable" or (impl == "auto" and not plainly_eager(x)):
         return portable(x, weight, bias, top, left)
-    missing = _left_out(given, weight)
+    missing = _left_out(given, weight, bias)
     if not missing:
         return Fused.apply(given, weight, bias, top, left)
     if impl == "triton":
@@ -84,16 +86,19 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None, top: int, left: int, im
     return portable(x, weight, bias, top, left)
 
 
-def _left_out(x: Tensor, weight: Tensor) -> str:
+def _left_out(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
     """What of a call the kernels leave to the library's convolution, in words."""
     taps = list(weight.shape[1:])
     if taps[0] * taps[1] > MAX_TAPS:
         return f"{taps[0]} x {taps[1]} taps, more than {MAX_TAPS}"
-    if torch.float64 in (x.dtype, weight.dtype):
-        return "float64"
-    # Of a layer, whose call is not validated: what the library refuses, it is left to refuse.
-    if weight.dtype != x.dtype and not autocast(x):
-        return f"{weight.dtype} weights beside {x.dtype}"
+    if x.numel() == 0:
+        return "a map of no tokens"
+    # A layer's call is not validated: what the library refuses, it is left to refuse.
+    for t in (weight,) if bias is None else (weight, bias):
+        if t.dtype == torch.float64 or (t.dtype != x.dtype and not autocast(x)):
+            return f"{t.dtype} parameters beside {x.dtype}"
+        if t.shape[0] != x.shape[3] or t.device != x.device:
+            return "parameters that do not fit the map"
     return "" if carries_tuples() else "its tuples before Triton 3.3, which PyTorch 2.7 brings"
 
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from metala_vision.kernels._fused import runs_on
 from metala_vision.kernels.depthwise_conv import fused
-from metala_vision.kernels.depthwise_conv.portable import portable
 
 
 def _takes_kernels(x: Tensor) -> bool:
@@ -27,13 +26,8 @@ def node(x: Tensor, weight: Tensor, bias: Tensor | None, top: int, left: int) ->
     """`depthwise_conv_silu` in eager Python; [B, Gh, Gw, C], contiguous."""
     if _takes_kernels(x):
         return fused.forward(x, weight, bias, top, left)
-    return _plain(x, weight, bias, top, left).contiguous()
-
-
-def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, top: int, left: int) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
-        bias = None if bias is None else bias.to(x.dtype)
-        return portable(x, weight.to(x.dtype), bias, top, left)
+        return fused.alike(x, weight, bias, top, left).contiguous()
 
 
 @node.register_fake
@@ -42,33 +36,51 @@ def _(x, weight, bias, top, left):
 
 
 def _gradients(
-    d_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, top: int, left: int
+    d_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    top: int,
+    left: int,
+    of_x: bool,
+    of_taps: bool,
 ) -> list[Tensor]:
-    """Gradients of x, weight and, if there is one, bias."""
+    """Gradients, of x and of weight and, if there is one, bias, as far as they are asked for."""
     if _takes_kernels(d_y):
-        found = fused.backward(d_y, x, weight, bias, top, left)
+        found = fused.backward(d_y, x, weight, bias, top, left, of_x, of_taps)
         return [gradient for gradient in found if gradient is not None]
-    given = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias)]
-    with torch.enable_grad():
-        y = _plain(*given, top, left)  # type: ignore[arg-type] # x and weight are given
-    gradients = torch.autograd.grad(y, [t for t in given if t is not None], d_y)
-    return [gradient.contiguous() for gradient in gradients]
+    x, weight = (t.detach().requires_grad_() for t in (x, weight))
+    bias = None if bias is None else bias.detach().requires_grad_()
+    with torch.enable_grad(), torch.autocast(d_y.device.type, enabled=False):
+        y = fused.alike(x, weight, bias, top, left)
+    wanted = _asked(x, weight, bias, of_x, of_taps)
+    return [gradient.contiguous() for gradient in torch.autograd.grad(y, wanted, d_y)]
+
+
+def _asked(
+    x: Tensor, weight: Tensor, bias: Tensor | None, of_x: bool, of_taps: bool
+) -> list[Tensor]:
+    """Of which there are to be gradients."""
+    found = [x] if of_x else []
+    if of_taps:
+        found += [weight] if bias is None else [weight, bias]
+    return found
 
 
 # Not a custom_op: that runs its function below autograd, which is needed inside.
 _library = torch.library.Library("metala_vision", "FRAGMENT")
 _library.define(
     "depthwise_conv_silu_backward(Tensor d_y, Tensor x, Tensor weight, Tensor? bias, int top, "
-    "int left) -> Tensor[]"
+    "int left, bool of_x, bool of_taps) -> Tensor[]"
 )
 for _key in ("CPU", "CUDA"):
     _library.impl("depthwise_conv_silu_backward", _gradients, _key)
 
 
 @torch.library.register_fake("metala_vision::depthwise_conv_silu_backward", lib=_library)
-def _(d_y, x, weight, bias, top, left):
-    given = (t for t in (x, weight, bias) if t is not None)
-    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in given]
+def _(d_y, x, weight, bias, top, left, of_x, of_taps):
+    asked = _asked(x, weight, bias, of_x, of_taps)
+    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in asked]
 
 
 def _save(ctx, inputs, output) -> None:
@@ -83,8 +95,10 @@ def _backward(ctx, d_y):
         )
     backward = torch.ops.metala_vision.depthwise_conv_silu_backward
     x, weight, bias = ctx.saved_tensors
-    gradients = backward(d_y, x, weight, bias, ctx.top, ctx.left)
-    return (*gradients, *([] if bias is not None else [None]), None, None)
+    of_x, of_taps = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
+    gradients = iter(backward(d_y, x, weight, bias, ctx.top, ctx.left, of_x, of_taps))
+    given = (of_x, of_taps, of_taps and bias is not None)
+    return (*(next(gradients) if there else None for there in given), None, None)
 
 
 node.register_autograd(_backward, setup_context=_save)

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from metala_vision.kernels._triton import Launch
 from metala_vision.kernels.depthwise_conv.triton_fwd import (
+    COUNTS,
     Call,
-    by_tap,
     convolved,
     output_launch,
     place,
     rows_at,
+    rows_out,
     shapes_of,
     tap,
     weights_of,
@@ -34,16 +35,16 @@ from metala_vision.kernels.depthwise_conv.triton_fwd import (
 MAX_PARTS = 256  # rows of partial sums for a block of channels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def depthwise_conv_bwd_kernel(
     p_dy, p_x, p_w, p_bias, p_dz, p_dw, p_dbias,
     count, per_program, tiles, N, Gh, Gw, top, left,
     dy_b, dy_row, dy_col, x_b, x_row, x_col,
     C: tl.constexpr, Th: tl.constexpr, Tw: tl.constexpr, R: tl.constexpr, BC: tl.constexpr,
-    BIAS: tl.constexpr,
+    BIAS: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """d_z [B, N, C], contiguous, and sums of parts: p_dw [parts, taps, C], p_dbias [parts, C], in
-    float32. One program per (part, block of channels)."""
+    """d_z [B, N, C], contiguous, and with SUMS those of parts: p_dw [parts, C, taps] and p_dbias
+    [parts, C], in float32. One program per (part, block of channels)."""
     blocks = tl.cdiv(C, BC)
     i_part = tl.program_id(0) // blocks
     c = (tl.program_id(0) % blocks) * BC + tl.arange(0, BC)
@@ -52,7 +53,7 @@ def depthwise_conv_bwd_kernel(
     if BIAS:
         bias = tl.load(p_bias + c, mask=c < C, other=0.0).to(tl.float32)
     d_weights = ()
-    for _ in tl.static_range(Th * Tw):
+    for _ in tl.static_range(Th * Tw if SUMS else 0):
         d_weights = d_weights + (tl.zeros([R, BC], tl.float32),)
     d_bias = tl.zeros([R, BC], tl.float32)
     for i_tile in range(i_part * per_program, tl.minimum((i_part + 1) * per_program, count)):
@@ -66,29 +67,33 @@ def depthwise_conv_bwd_kernel(
         d_z = d_y.to(tl.float32) * s * (1.0 + z * (1.0 - s))
         d_bias += d_z
         sums = ()
-        for i in tl.static_range(Th * Tw):
+        for i in tl.static_range(Th * Tw if SUMS else 0):
             x = tap(p, i, row, col, x_row, x_col, Gh, Gw, top, left, m, c < C, Tw)
             sums = sums + (d_weights[i] + d_z * x,)
         d_weights = sums
-        p = rows_at(p_dz, b, row, col, N * C, Gw * C, C, c)
+        p = rows_out(p_dz, b, row, col, N, Gw, c, C)
         tl.store(p, d_z.to(p_dz.dtype.element_ty), mask=inside)
-    for i in tl.static_range(Th * Tw):
-        p = p_dw + (i_part.to(tl.int64) * Th * Tw + i) * C + c
+    for i in tl.static_range(Th * Tw if SUMS else 0):
+        p = p_dw + (i_part.to(tl.int64) * C + c) * Th * Tw + i
         tl.store(p, tl.sum(d_weights[i], 0), mask=c < C)
-    if BIAS:
+    if BIAS and SUMS:
         tl.store(p_dbias + i_part.to(tl.int64) * C + c, tl.sum(d_bias, 0), mask=c < C)
 
 
 class Gradients(NamedTuple):
-    """What the launches write: of x, and parts [parts, taps, C] and [parts, C] in float32."""
+    """What the launches write: of x, and in float32 parts [parts, C, Th, Tw] and [parts, C]. None
+    for what nobody needs or there is not."""
 
-    x: Tensor
-    weight: Tensor
+    x: Tensor | None
+    weight: Tensor | None
     bias: Tensor | None
 
 
-def backward_launches(d_y: Tensor, call: Call) -> tuple[Gradients, list[Launch]]:
-    """Gradients, not yet written, and the launches that write them, one after the other."""
+def backward_launches(
+    d_y: Tensor, call: Call, of_x: bool = True, of_taps: bool = True
+) -> tuple[Gradients, list[Launch]]:
+    """Gradients, not yet written, and the launches that write them, one after the other. of_x:
+    that of x is needed, of_taps: those of weight and bias."""
     x, weight, bias, top, left = call
     B, Gh, Gw, C = x.shape
     _, Th, Tw = weight.shape
@@ -97,22 +102,31 @@ def backward_launches(d_y: Tensor, call: Call) -> tuple[Gradients, list[Launch]]
     blocks = triton.cdiv(C, shapes["BC"])
     per_program = triton.cdiv(B * tiles, MAX_PARTS)
     parts = triton.cdiv(B * tiles, per_program)
-    taps = by_tap(weight)
     d_z = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    d_weight = taps.new_empty((parts, *taps.shape))
-    d_bias = None if bias is None else taps.new_empty((parts, C))
-    first = Launch(
-        depthwise_conv_bwd_kernel,
-        parts * blocks,
-        (
-            d_y, x, taps, x if bias is None else bias,
-            d_z, d_weight, d_weight if d_bias is None else d_bias,
-            B * tiles, per_program, tiles, Gh * Gw, Gh, Gw, top, left,
-            *d_y.stride()[:3], *x.stride()[:3],
-        ),
-        {**shapes, "BIAS": bias is not None},
-        4,
-    )  # fmt: skip
-    turned = Call(d_z, weight, None, Th - 1 - top, Tw - 1 - left)
-    d_x, second = output_launch(turned, taps, silu=False)
-    return Gradients(d_x, d_weight, d_bias), [first, second]
+
+    def part(t: Tensor | None) -> Tensor | None:
+        if t is None or not of_taps:
+            return None
+        return torch.empty((parts, *t.shape), dtype=torch.float32, device=t.device)
+
+    d_weight, d_bias = part(weight), part(bias)
+    launches = [
+        Launch(
+            depthwise_conv_bwd_kernel,
+            parts * blocks,
+            (
+                d_y, x, weight.contiguous(), x if bias is None else bias.contiguous(),
+                d_z, d_z if d_weight is None else d_weight, d_z if d_bias is None else d_bias,
+                B * tiles, per_program, tiles, Gh * Gw, Gh, Gw, top, left,
+                *d_y.stride()[:3], *x.stride()[:3],
+            ),
+            {**shapes, "BIAS": bias is not None, "SUMS": of_taps},
+            4,
+        )
+    ]  # fmt: skip
+    d_x = None
+    if of_x:
+        turned = Call(d_z, weight, None, Th - 1 - top, Tw - 1 - left)
+        d_x, launch = output_launch(turned, silu=False)
+        launches.append(launch)
+    return Gradients(d_x, d_weight, d_bias), launches

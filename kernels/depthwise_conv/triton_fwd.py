@@ -19,6 +19,8 @@ TILE = 1024  # elements of R x BC: 8 a thread, one vector of 16 bytes in 16 bits
 CHANNELS = 64  # of a tile at most
 PROGRAMS = 2048  # from here on a program takes more tiles, up to
 TILES = 16
+# Of a launch: with a constant for one tile a program, loops are unrolled and registers spill.
+COUNTS = ["count", "per_program", "tiles"]
 
 
 @triton.jit
@@ -49,12 +51,12 @@ def tap(p, i: tl.constexpr, row, col, s_row, s_col, Gh, Gw, top, left, m, m_c, T
 
 @triton.jit
 def weights_of(p_w, c, C: tl.constexpr, TAPS: tl.constexpr, FLIP: tl.constexpr):
-    """A tuple of [BC] from p_w [taps, C] in float32, the last tap first with FLIP: loaded once, as
+    """A tuple of [BC] in float32 from p_w [C, taps], the last tap first with FLIP: loaded once, as
     they would be two thirds of all that tiles load from the cache."""
     weights = ()
     for i in tl.static_range(TAPS):
-        p = p_w + (TAPS - 1 - i if FLIP else i) * C + c
-        weights = weights + (tl.load(p, mask=c < C, other=0.0),)
+        p = p_w + c * TAPS + (TAPS - 1 - i if FLIP else i)
+        weights = weights + (tl.load(p, mask=c < C, other=0.0).to(tl.float32),)
     return weights
 
 
@@ -72,6 +74,13 @@ def convolved(
 
 
 @triton.jit
+def rows_out(p, b, row, col, N, Gw, c, C: tl.constexpr):
+    """The same in a contiguous [B, N, C]."""
+    N, Gw = tl.cast(N, tl.int64), tl.cast(Gw, tl.int64)
+    return rows_at(p, b, row, col, N * C, Gw * C, C, c)
+
+
+@triton.jit(do_not_specialize=COUNTS)
 def depthwise_conv_fwd_kernel(
     p_x, p_w, p_bias, p_y,
     count, per_program, tiles, N, Gh, Gw, top, left, x_b, x_row, x_col,
@@ -93,7 +102,7 @@ def depthwise_conv_fwd_kernel(
                       Th * Tw, Tw)  # fmt: skip
         if SILU:
             y = y / (1.0 + tl.exp(-y))
-        p = rows_at(p_y, b, row, col, N * C, Gw * C, C, c)
+        p = rows_out(p_y, b, row, col, N, Gw, c, C)
         tl.store(p, y.to(p_y.dtype.element_ty), mask=m[:, None] & (c < C)[None, :])
 
 
@@ -114,19 +123,13 @@ def shapes_of(x: Tensor, weight: Tensor) -> dict[str, Any]:
     return {"C": C, "Th": Th, "Tw": Tw, "R": TILE // BC, "BC": BC}
 
 
-def by_tap(weight: Tensor) -> Tensor:
-    """[taps, C] in float32, contiguous: the channels of a tap as those of a token."""
-    taps = weight.flatten(1).t()
-    return torch.empty(taps.shape, dtype=torch.float32, device=weight.device).copy_(taps)
-
-
-def output_launch(call: Call, weight: Tensor, silu: bool = True) -> tuple[Tensor, Launch]:
-    """What the taps give for call.x, not yet written, and the launch that writes it. weight: that
-    of the call by_tap; without silu the taps are taken from the last, as d_x needs them."""
-    x, _, bias, top, left = call
+def output_launch(call: Call, silu: bool = True) -> tuple[Tensor, Launch]:
+    """What the taps give for call.x, not yet written, and the launch that writes it. Without silu
+    the taps are taken from the last, as d_x needs them."""
+    x, weight, bias, top, left = call
     B, Gh, Gw, C = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    shapes = shapes_of(x, call.weight)
+    shapes = shapes_of(x, weight)
     tiles = triton.cdiv(Gh * Gw, shapes["R"])
     blocks = triton.cdiv(C, shapes["BC"])
     per_program = min(TILES, triton.cdiv(B * tiles * blocks, PROGRAMS))
@@ -134,15 +137,10 @@ def output_launch(call: Call, weight: Tensor, silu: bool = True) -> tuple[Tensor
         depthwise_conv_fwd_kernel,
         triton.cdiv(B * tiles, per_program) * blocks,
         (
-            x, weight, x if bias is None else bias, y,  # in place of one that is not there, another
+            x, weight.contiguous(), x if bias is None else bias.contiguous(), y,
             B * tiles, per_program, tiles, Gh * Gw, Gh, Gw, top, left, *x.stride()[:3],
         ),
         {**shapes, "BIAS": bias is not None, "SILU": silu, "FLIP": not silu},
         4,
     )  # fmt: skip
     return y, launch
-
-
-def forward_launch(call: Call) -> tuple[Tensor, Launch]:
-    """The output, not yet written, and the launch that writes it."""
-    return output_launch(call, by_tap(call.weight))

@@ -7,9 +7,11 @@ import re
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
+from torch.nn.modules import module as modules
 
 from metala_vision.kernels.depthwise_conv import depthwise_conv_silu_op
 
@@ -34,14 +36,39 @@ def causal_width(kind: str) -> int:
     return int(found[1])
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether a convolution is torch's own, called by nobody else: without hooks, a parametrization
-    or an adapter (LoRA) in its place, which its parameters alone would pass by."""
-    return type(module) in (nn.Conv1d, nn.Conv2d) and not (
+def on_gpu(x: Tensor) -> bool:
+    """Whether a kernel takes the map: elsewhere the module is called, which exports and tracers
+    know."""
+    exporting = getattr(torch.compiler, "_is_exporting_flag", True)  # from torch 2.7 on
+    return x.device.type == "cuda" and not exporting
+
+
+def is_plain(module: nn.Module, taps: tuple[int, ...], padding: tuple[int, ...]) -> bool:
+    """Whether a module in a convolution's place is that convolution, which nobody changed, watches
+    or offloads: its parameters alone pass by hooks, parametrizations, adapters (LoRA) and another
+    `forward`."""
+    if type(module) not in (nn.Conv1d, nn.Conv2d) or "forward" in module.__dict__:
+        return False
+    hooked = (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or modules._global_forward_hooks
+        or modules._global_forward_pre_hooks
+        or modules._global_backward_hooks
+        or modules._global_backward_pre_hooks
+    )
+    if hooked:
+        return False
+    conv: Any = module
+    ones = (1,) * len(taps)
+    return (
+        conv.kernel_size == taps
+        and conv.padding == padding
+        and conv.padding_mode == "zeros"
+        and conv.stride == conv.dilation == ones
+        and conv.groups == conv.in_channels == conv.out_channels
     )
 
 
@@ -98,11 +125,20 @@ class TokenConv(nn.Module):
         if torch.jit.is_scripting():
             return self.by_module(x)
         else:
-            return self.by_operator(x) if is_plain(self.conv) else self.by_module(x)
+            return self.by_operator(x) if self.fuses(x) else self.by_module(x)
+
+    @torch.jit.unused
+    def fuses(self, x: Tensor) -> bool:
+        """Whether one kernel convolves and takes SiLU."""
+        if isinstance(x, torch.fx.Proxy) or not on_gpu(x):
+            return False
+        if self.kind == "depthwise2d":
+            return is_plain(self.conv, (3, 3), (1, 1))
+        return is_plain(self.conv, (self.before + 1,), (0,))
 
     @torch.jit.unused
     def by_operator(self, x: Tensor) -> Tensor:
-        """Convolution and SiLU at once, by the module's parameters: on a GPU one kernel."""
+        """Convolution and SiLU at once, by the module's parameters."""
         conv: Any = self.conv
         weight, bias = conv.weight, conv.bias
         if self.kind == "depthwise2d":

@@ -12,6 +12,6 @@ def poisoned(monkeypatch):
 
         def filled(*args, _make=make, **options):
             x = _make(*args, **options)
-            return x.fill_(float("nan")) if x.is_floating_point() and len(x) else x
+            return x.fill_(float("nan")) if x.is_floating_point() and x.numel() else x
 
         monkeypatch.setattr(owner, name, filled)

@@ -4,7 +4,13 @@ nothing."""
 import pytest
 import torch
 
-from metala_vision.kernels.depthwise_conv import depthwise_conv_silu, library
+from metala_vision.kernels.depthwise_conv import (
+    api,
+    depthwise_conv_silu,
+    depthwise_conv_silu_op,
+    fused,
+    library,
+)
 from tests._numerics import SAME, bound, relative_rms
 from tests.kernels._cases import CONV_MODES, conv_inputs
 from tests.kernels.test_library import graph_of, one_node
@@ -57,6 +63,77 @@ def test_a_compiled_step_holds_one_node_and_gives_eagers_gradients(mode, autocas
     for key, t in compiled.items():
         assert t.grad is not None and t.grad.dtype == t.dtype
         assert relative_rms(t.grad, eager[key].grad) <= limit, key
+
+
+@one_node
+@pytest.mark.parametrize("frozen", ["x", "weight", "bias"])
+def test_a_frozen_tensor_has_no_gradient_and_the_others_theirs(frozen, wanted):
+    (eager, step), (compiled, _) = case("3x3, bias"), case("3x3, bias")
+    for given, form in (
+        (eager, step),
+        (compiled, torch.compile(step, fullgraph=True, backend="aot_eager")),
+    ):
+        given[frozen].requires_grad_(False)
+        form(given).square().sum().backward()
+    for key, t in compiled.items():
+        if key == frozen:
+            assert t.grad is None
+        else:
+            assert relative_rms(t.grad, eager[key].grad) <= SAME
+
+
+@pytest.fixture
+def as_auto(monkeypatch):
+    """As on a GPU, where "auto" is "triton"; the library's convolution for the kernels'."""
+
+    def backward(d_y, x, weight, bias, top, left, of_x, of_taps):
+        found = iter(library._gradients(d_y, x, weight, bias, top, left, of_x, of_taps))
+        asked = (of_x, of_taps, of_taps and bias is not None)
+        return [next(found) if there else None for there in asked]
+
+    monkeypatch.setattr(api, "implementations", lambda *_: ("triton", "portable"))
+    monkeypatch.setattr(api, "carries_tuples", lambda: True)
+    monkeypatch.setattr(fused, "forward", fused.alike)
+    monkeypatch.setattr(fused, "backward", backward)
+
+
+def test_second_and_many_gradients_under_autocast(as_auto):
+    """There x has 16 bits and the parameters 32."""
+    results = []
+    for impl in ("auto", "portable"):
+        leaves, step = case("3x3, bias")
+        inputs = list(leaves.values())
+        with torch.autocast("cpu", torch.bfloat16):
+            y = step(leaves, impl=impl)
+        assert ("Fused" in type(y.grad_fn).__name__) == (impl == "auto")
+        first = torch.autograd.grad(y.float().square().sum(), inputs, create_graph=True)
+        penalty = sum(t.square().sum() for t in first)
+        second = torch.autograd.grad(penalty, inputs, retain_graph=True)
+        several = torch.stack([torch.ones_like(y), -torch.ones_like(y)])
+        (many,) = torch.autograd.grad(y, leaves["x"], several, is_grads_batched=True)
+        results.append([*(t.detach() for t in first), *second, many])
+    for ours, other in zip(*results, strict=True):
+        # Each rounds to 16 bits at its own places, the second derivatives twice.
+        assert relative_rms(ours, other) <= 4 * bound(torch.bfloat16, "gate")
+
+
+def test_what_does_not_fit_is_left_to_the_library_to_refuse(as_auto):
+    """A layer's call is not validated, and the kernels would write beyond the map."""
+    x, weight = torch.zeros(1, 3, 3, 8), torch.zeros(8, 3, 3)
+    assert depthwise_conv_silu_op(x, weight, None, 1, 1).shape == x.shape
+    for wrong in (x[..., :7], torch.zeros(1, 3, 3, 10), x.double()):
+        with pytest.raises(RuntimeError):
+            depthwise_conv_silu_op(wrong, weight, None, 1, 1)
+    for bias in (torch.zeros(7), torch.zeros(8).double()):
+        with pytest.raises(RuntimeError):
+            depthwise_conv_silu_op(x, weight, bias, 1, 1)
+
+
+def test_a_batch_of_none_is_a_batch(as_auto):
+    x, weight = torch.zeros(0, 3, 3, 8, requires_grad=True), torch.zeros(8, 3, 3)
+    y = depthwise_conv_silu_op(x, weight, None, 1, 1)
+    y.sum().backward()
+    assert y.shape == x.shape == x.grad.shape and "Fused" not in type(y.grad_fn).__name__
 
 
 @one_node

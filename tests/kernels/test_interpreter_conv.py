@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from metala_vision.kernels._fused import interpreted
-from metala_vision.kernels.depthwise_conv import api, depthwise_conv_silu, library
+from metala_vision.kernels.depthwise_conv import api, depthwise_conv_silu, fused, library
 from tests._numerics import SAME, bound, relative_rms
 from tests.kernels._cases import CONV_MODES, conv_errors, conv_inputs
 from tests.kernels.test_library import one_node
@@ -102,6 +102,23 @@ def test_what_is_outside_the_grid_is_never_read():
     assert all(torch.equal(gradients[name], exact[name]) for name in inputs)
 
 
+@pytest.mark.parametrize("mode", CONV_MODES)
+def test_only_what_is_asked_for_is_made_and_lies_as_the_compiler_expects(mode):
+    """A compiled graph reads gradients by the strides that register_fake promises."""
+    inputs, padding = conv_inputs(**CONV_MODES[mode])
+    x, weight, bias = inputs["x"], inputs["weight"], inputs.get("bias")
+    d_y = torch.randn(x.shape)
+    whole = fused.backward(d_y, x, weight, bias, **padding)
+    for t, gradient in zip((x, weight, bias), whole, strict=True):
+        assert (gradient is None) == (t is None)
+        if t is not None:
+            assert gradient.shape == t.shape and gradient.is_contiguous()
+    for of_x, of_taps in ((True, False), (False, True)):
+        found = fused.backward(d_y, x, weight, bias, **padding, of_x=of_x, of_taps=of_taps)
+        for gradient, other, asked in zip(found, whole, (of_x, of_taps, of_taps), strict=True):
+            assert torch.equal(gradient, other) if asked and other is not None else gradient is None
+
+
 def leaves_of(**options):
     inputs, padding = conv_inputs(bias=True, **options)
     return {name: t.detach().requires_grad_() for name, t in inputs.items()}, padding
@@ -174,6 +191,8 @@ def test_more_taps_and_an_old_triton_are_left_to_the_library(monkeypatch):
 
 
 @one_node
+# torch's own, inside Inductor.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 @pytest.mark.parametrize("mode", CONV_MODES)
 def test_the_compiled_node_runs_the_same_kernels(mode, monkeypatch):
     """As on a GPU, forward and backward."""
@@ -181,13 +200,15 @@ def test_the_compiled_node_runs_the_same_kernels(mode, monkeypatch):
     monkeypatch.setattr(library, "_takes_kernels", lambda x: True)
     inputs, padding = conv_inputs(**CONV_MODES[mode])
     leaves = {name: t.detach().requires_grad_() for name, t in inputs.items()}
+    # Inductor reads a gradient by the strides that it expects, aot_eager by those that it has.
+    backend = "inductor" if mode == "3x3, bias" else "aot_eager"
 
     def plain(t, impl="auto"):
         return depthwise_conv_silu(**t, **padding, impl=impl)
 
     results = []
     for form in (
-        torch.compile(plain, fullgraph=True, backend="aot_eager"),
+        torch.compile(plain, fullgraph=True, backend=backend),
         lambda t: plain(t, "triton"),
     ):
         y = form(leaves)

@@ -1,9 +1,12 @@
 """The short convolution by itself; in mixers it is in test_mixers.py."""
 
+import accelerate
 import pytest
 import torch
+import torch.fx
 
-from metala_vision.layers.conv import TokenConv, is_plain
+import metala_vision.layers.conv as conv_layer
+from metala_vision.layers.conv import TokenConv
 from tests._numerics import normal, relative_rms
 from tests.layers.test_mixers import C
 
@@ -38,12 +41,22 @@ def test_the_causal_convolution_keeps_its_width_and_is_scripted():
 KINDS = {"depthwise2d": "forward", "causal1d": "forward", "causal1d(2)": "backward"}
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(conv_layer, "on_gpu", lambda x: True)
+
+
+def conv_and_map(kind, **options):
+    conv = TokenConv(C, kind, KINDS[kind], dtype=torch.float64, **options)
+    return conv, normal(2, 4, 5, C, seed=1)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_operator_is_what_the_module_gives(kind, bias):
-    conv = TokenConv(C, kind, KINDS[kind], bias=bias, dtype=torch.float64)
-    x = normal(2, 4, 5, C, seed=1).requires_grad_()
-    assert is_plain(conv.conv)
+def test_the_operator_is_what_the_module_gives(kind, bias, as_on_a_gpu):
+    conv, x = conv_and_map(kind, bias=bias)
+    assert conv.fuses(x)
+    x.requires_grad_()
     inputs = [x, *conv.parameters()]
     results = []
     for y in (conv(x), conv.by_module(x)):
@@ -52,41 +65,108 @@ def test_the_operator_is_what_the_module_gives(kind, bias):
         assert relative_rms(ours, other) <= 1e-14
 
 
-def hooked(conv):
-    conv.conv.register_forward_hook(lambda module, args, out: 2 * out)
+def hooked(module):
+    module.register_forward_hook(lambda module, args, out: 2 * out)
 
 
-def parametrized(conv):
+def parametrized(module):
     class Double(torch.nn.Module):
         def forward(self, x):
             return 2 * x
 
-    torch.nn.utils.parametrize.register_parametrization(conv.conv, "weight", Double())
+    torch.nn.utils.parametrize.register_parametrization(module, "weight", Double())
 
 
-def adapted(conv):
+def adapted(module):
     """As peft puts a module of its own in the convolution's place."""
 
     class Adapted(torch.nn.Module):
-        def __init__(self, inner):
+        def __init__(self):
             super().__init__()
-            self.inner = inner
-            self.weight, self.bias = inner.weight, inner.bias
+            self.inner, self.weight, self.bias = module, module.weight, module.bias
 
         def forward(self, x):
             return 2 * self.inner(x)
 
-    conv.conv = Adapted(conv.conv)
+    return Adapted()
 
 
-@pytest.mark.parametrize("change", [hooked, parametrized, adapted])
+def with_a_forward_of_its_own(module):
+    """As accelerate offloads weights."""
+    forward = module.forward
+    module.forward = lambda x: 2 * forward(x)
+
+
+def offloaded(module):
+    accelerate.cpu_offload(module)
+
+
+def circular(module):
+    module.padding_mode = "circular"
+
+
+def dilated(module):
+    module.dilation = tuple(2 for _ in module.dilation)
+    module.padding = tuple(2 * p for p in module.padding)
+
+
+def dense(module):
+    return type(module)(
+        C, C, module.kernel_size, padding=module.padding, bias=False, dtype=torch.float64
+    )
+
+
+def wide(module):
+    """Of five taps more."""
+    one = len(module.kernel_size) == 1
+    size = tuple(n + (0 if one else 2) for n in module.kernel_size)
+    padding = tuple(p + (0 if one else 1) for p in module.padding)
+    return type(module)(C, C, size, padding=padding, groups=C // 2, bias=False, dtype=torch.float64)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "change",
+    [hooked, parametrized, adapted, with_a_forward_of_its_own, offloaded, circular, dilated, dense,
+     wide],
+)  # fmt: skip
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_stands_in_the_convolutions_place_is_not_passed_by(kind, change):
-    conv = TokenConv(C, kind, KINDS[kind], dtype=torch.float64)
-    x = normal(1, 3, 4, C, seed=2)
-    change(conv)
-    after = conv(x)
-    weight = 2 * conv.conv.weight if change is not parametrized else conv.conv.weight
-    plain = TokenConv(C, kind, KINDS[kind], dtype=torch.float64)
-    plain.load_state_dict({"conv.weight": weight.detach()})
-    assert relative_rms(after, plain(x)) <= 1e-14  # SiLU(2 z)
+def test_what_stands_in_the_convolutions_place_is_not_passed_by(kind, change, as_on_a_gpu):
+    conv, x = conv_and_map(kind)
+    plain = conv(x)
+    conv.conv = change(conv.conv) or conv.conv
+    assert not conv.fuses(x)
+    if change is dilated and kind != "depthwise2d":
+        return  # fewer tokens come out than went in: the module itself does not fit
+    assert torch.equal(conv(x), conv.by_module(x))
+    same = change is offloaded or (change is circular and kind != "depthwise2d")
+    assert torch.equal(conv(x), plain) == same
+
+
+def test_a_global_hook_is_not_passed_by(as_on_a_gpu):
+    conv, x = conv_and_map("depthwise2d")
+    seen = []
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: seen.append(module)
+    )
+    try:
+        conv(x)
+    finally:
+        handle.remove()
+    assert seen == [conv.conv, conv] and conv.fuses(x)
+
+
+def test_on_a_cpu_in_exports_and_for_tracers_it_is_a_module():
+    conv, x = conv_and_map("depthwise2d")
+    assert not conv.fuses(x)
+    graph = torch.fx.symbolic_trace(conv)
+    assert torch.equal(graph(x), conv(x))
+    assert [n.target for n in graph.graph.nodes if n.op == "call_module"] == ["conv"]
+    exported = torch.export.export(conv, (x,))
+    assert "squeeze" not in str(exported.graph)
+
+
+def test_tracers_see_the_module_for_a_gpu_too(as_on_a_gpu):
+    conv, x = conv_and_map("causal1d")
+    graph = torch.fx.symbolic_trace(conv)
+    assert torch.equal(graph(x), conv.by_module(x))

@@ -6,6 +6,8 @@ import torch
 
 import metala_vision  # noqa: F401
 from metala_vision.flops import count_flops
+from metala_vision.kernels.depthwise_conv import library
+from metala_vision.layers import conv
 
 C, H, CLASSES, PATCH, Gh, Gw = 64, 2, 5, 8, 3, 4
 N = Gh * Gw
@@ -149,3 +151,11 @@ def test_operators_outside_are_not_nodes():
     with pytest.raises(ValueError):
         count_flops(model, (4, 64, 64))
     assert not _fused._whole and model.training
+
+
+def test_the_convolution_is_counted_where_a_kernel_takes_it(monkeypatch):
+    model = timm.create_model("metala_nano", depth=1)
+    expected = count_flops(model, (3, 64, 64))
+    monkeypatch.setattr(conv, "on_gpu", lambda x: True)
+    monkeypatch.setattr(library, "wanted", lambda device: True)
+    assert count_flops(model, (3, 64, 64)) == expected

@@ -163,9 +163,8 @@ def whole(digit_tree, tmp_path_factory):
     return file, folder / "out"
 
 
-@pytest.mark.parametrize(
-    "number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_sweep_that_is_killed_and_begun_again_ends_the_same(number, whole, tmp_path):
     """In the second run; its process ends too and leaves the folder free."""
     file, expected = whole
