@@ -76,6 +76,11 @@ MAY_SPILL = {
     ("selective_scan_bwd_kernel", "the models' width"): 48,
     ("selective_scan_bwd_kernel", "any width"): 48,
 }
+# Of scans; every target in the slow tests.
+SOME = [
+    pytest.param(t, marks=() if t in ("sm_90", "sm_100", "gfx942") else pytest.mark.slow)
+    for t in TARGETS
+]
 # What else a call may bring: keys, the kind of decay, an order, states.
 MODES = {
     "gate": {},
@@ -265,7 +270,7 @@ def test_the_models_depthwise_convolution_compiles_for_every_target(target, tmp_
     check_launches(target, conv_launches((14, 14), 192, torch.bfloat16, "3x3"), "", tmp_path)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", SOME)
 def test_the_models_linear_recurrence_compiles_for_every_target(target, tmp_path):
     for dtype in (torch.bfloat16, torch.float32):
         of_a_call = recurrence_launches(2, 192, 600, dtype, "bidirectional")
@@ -286,7 +291,7 @@ def test_every_linear_recurrence_compiles(target, width, N, dtype, direction, or
     check_launches(target, of_a_call, "any width", tmp_path)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", SOME)
 def test_the_models_selective_scan_compiles_for_every_target(target, tmp_path):
     of_a_call = scan_launches(384, 16, 600, torch.bfloat16, "bidirectional")
     check_launches(target, of_a_call, "the models' width", tmp_path)

@@ -34,7 +34,7 @@ def case(mode, dtype=torch.float32):
     return {name: t.detach().requires_grad_() for name, t in inputs.items()}, step
 
 
-@pytest.mark.parametrize("mode", CONV_MODES)
+@pytest.mark.parametrize("mode", ["3x3, bias", "causal"])
 def test_the_operator_is_registered_as_torch_wants_it(mode):
     inputs, padding = conv_inputs(**CONV_MODES[mode])
     given = [inputs["x"], inputs["weight"], inputs.get("bias")]

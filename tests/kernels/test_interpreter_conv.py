@@ -1,5 +1,7 @@
 """The depthwise convolution's kernels in Triton's interpreter, on the CPU: `make test-kernels`."""
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -26,14 +28,15 @@ pytestmark = [
 RULE = bound(torch.float32, "y")
 
 
-@pytest.mark.parametrize("grid", [(1, 1), (5, 7), (14, 14)])
-@pytest.mark.parametrize("mode", CONV_MODES)
+@pytest.mark.parametrize(
+    ("mode", "grid"), [*product(CONV_MODES, [(1, 1), (5, 7)]), ("3x3, bias", (14, 14))]
+)
 def test_every_mode_meets_the_rule(mode, grid):
     measured = conv_errors(grid, **CONV_MODES[mode])
     assert max(measured.values()) <= RULE, measured
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     st.tuples(st.integers(1, 9), st.integers(1, 9)), st.integers(1, 3), st.integers(1, 130),
     st.sampled_from(list(CONV_MODES)),
@@ -64,7 +67,7 @@ def call(inputs, padding):
     return y.detach(), dict(zip(leaves, found, strict=True))
 
 
-@pytest.mark.parametrize("mode", CONV_MODES)
+@pytest.mark.parametrize("mode", ["3x3, bias", "causal", "lopsided"])
 def test_strides_a_sample_alone_and_every_run_give_the_same_bits(mode):
     inputs, padding = conv_inputs(**CONV_MODES[mode])
     x = inputs["x"]

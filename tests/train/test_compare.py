@@ -25,6 +25,7 @@ def rows(output):
     return {row["name"]: row for row in csv.DictReader(lines)}
 
 
+@pytest.mark.slow  # `make quickstart` runs a comparison too
 @pytest.mark.launch
 def test_a_comparison_from_its_file_to_its_table(digit_tree, tmp_path, capsys, monkeypatch):
     """One member fails; with a run missing and started again, the table is the same."""
