@@ -81,6 +81,11 @@ def implementations(
     return portable
 
 
+def under_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for x's device."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 _whole = False
 
 

@@ -34,22 +34,6 @@ def in_place(x: Tensor) -> bool:
         return not torch.is_grad_enabled() and plainly_eager(x)
 
 
-def check_order(order: Tensor | None, N: int, name: str, x: Tensor, at_hand: bool) -> None:
-    """A ValueError unless order is None or a permutation [N] beside x, the argument called `name`.
-    Its values are looked at where they are at hand."""
-    if order is None:
-        return
-    if list(order.shape) != [N] or order.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"order must be [{N}] int32 or int64, got {order.dtype} "
-                         f"{list(order.shape)}")  # fmt: skip
-    if order.device != x.device:
-        raise ValueError(f"order is on {order.device}, {name} on {x.device}; one device is needed")
-    if at_hand and not torch.equal(order.sort().values, torch.arange(N, dtype=order.dtype)):
-        raise ValueError(
-            f"order must hold each of 0 ... {N - 1} once, starts with {order[:8].tolist()}"
-        )
-
-
 def decay_and_key(gate: Tensor, gate_divisor: float) -> tuple[Tensor, Tensor]:
     """log alpha = logsigmoid(gate) / gate_divisor, and the key 1 - alpha.
 

@@ -6,7 +6,13 @@ B batch, Gh x Gw the token grid, C width, Th x Tw taps.
 import torch
 from torch import Tensor
 
-from metala_vision.kernels._fused import carries_tuples, implementations, in_graph
+from metala_vision.kernels._checks import check_beside, check_dtype
+from metala_vision.kernels._fused import (
+    carries_tuples,
+    implementations,
+    in_graph,
+    under_autocast,
+)
 from metala_vision.kernels._impl import choose
 from metala_vision.kernels._portable import plainly_eager
 from metala_vision.kernels.depthwise_conv import library
@@ -14,7 +20,6 @@ from metala_vision.kernels.depthwise_conv.fused import Fused
 from metala_vision.kernels.depthwise_conv.portable import portable
 from metala_vision.kernels.depthwise_conv.reference import reference
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_TAPS = 9  # of the kernels
 
 
@@ -68,19 +73,20 @@ def depthwise_conv_silu_op(
 
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor | None, top: int, left: int, impl: str) -> Tensor:
-    given = as_autocast(x)
+    plain = plainly_eager(x)
+    x = as_autocast(x)
     # Not within whole_operators: PyTorch counts the operations of its convolution by itself.
     in_node = torch.compiler.is_compiling() and in_graph(x, impl) and library.wanted(x.device)
-    if in_node and not _left_out(given, weight, bias):
-        return library.node(given, weight, bias, top, left)
-    form = choose(impl, implementations(given, impl, ("portable", "reference")))
+    if in_node and not _left_out(x, weight, bias):
+        return library.node(x, weight, bias, top, left)
+    form = choose(impl, implementations(x, impl, ("portable", "reference")))
     if form == "reference":
-        return reference(given, weight, bias, top, left)
-    if form == "portable" or (impl == "auto" and not plainly_eager(x)):
+        return reference(x, weight, bias, top, left)
+    if form == "portable" or (impl == "auto" and not plain):
         return portable(x, weight, bias, top, left)
-    missing = _left_out(given, weight, bias)
+    missing = _left_out(x, weight, bias)
     if not missing:
-        return Fused.apply(given, weight, bias, top, left)
+        return Fused.apply(x, weight, bias, top, left)
     if impl == "triton":
         raise ValueError(f"impl='triton' does not take {missing}; accepted: auto, portable")
     return portable(x, weight, bias, top, left)
@@ -95,21 +101,16 @@ def _left_out(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
         return "a map of no tokens"
     # A layer's call is not validated: what the library refuses, it is left to refuse.
     for t in (weight,) if bias is None else (weight, bias):
-        if t.dtype == torch.float64 or (t.dtype != x.dtype and not autocast(x)):
+        if t.dtype == torch.float64 or (t.dtype != x.dtype and not under_autocast(x)):
             return f"{t.dtype} parameters beside {x.dtype}"
         if t.shape[0] != x.shape[3] or t.device != x.device:
             return "parameters that do not fit the map"
     return "" if carries_tuples() else "its tuples before Triton 3.3, which PyTorch 2.7 brings"
 
 
-def autocast(x: Tensor) -> bool:
-    """Whether autocast is on for x's device."""
-    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
-
-
 def as_autocast(x: Tensor) -> Tensor:
     """x in the dtype in which autocast has convolutions."""
-    if autocast(x) and x.dtype != torch.float64:
+    if under_autocast(x) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 
@@ -128,11 +129,7 @@ def _validate(x: Tensor, weight: Tensor, bias: Tensor | None, top: int, left: in
     for name, t in (("x", x), ("weight", weight), ("bias", bias)):
         if t is None:
             continue
-        if t.device != x.device:
-            raise ValueError(f"{name} is on {t.device}, x on {x.device}; one device is needed")
-        if t.dtype not in DTYPES:
-            raise ValueError(
-                f"{name} has dtype {t.dtype}; accepted: {', '.join(str(d) for d in DTYPES)}"
-            )
-        if t.dtype != x.dtype and not autocast(x):
+        check_beside(name, t, "x", x)
+        check_dtype(name, t)
+        if t.dtype != x.dtype and not under_autocast(x):
             raise ValueError(f"{name} has dtype {t.dtype}, x {x.dtype}; one dtype is needed")

@@ -6,16 +6,21 @@ B batch, N tokens, H heads, K key width per head, V value width per head.
 import torch
 from torch import Tensor
 
-from metala_vision.kernels._fused import implementations, in_graph
+from metala_vision.kernels._checks import (
+    check_beside,
+    check_order,
+    check_tensor,
+    values_at_hand,
+)
+from metala_vision.kernels._fused import implementations, in_graph, under_autocast
 from metala_vision.kernels._impl import choose
 from metala_vision.kernels._portable import plainly_eager
 from metala_vision.kernels.gated_linear_attention import fused
 from metala_vision.kernels.gated_linear_attention.chunked import chunked
-from metala_vision.kernels.gated_linear_attention.library import portable
+from metala_vision.kernels.gated_linear_attention.library import node
 from metala_vision.kernels.gated_linear_attention.reference import reference
 
 DIRECTIONS = ("forward", "backward", "bidirectional")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_KEY_WIDTH = 128
 MAX_VALUE_WIDTH = 256
 
@@ -130,7 +135,7 @@ def _run(
         output_final_state,
     )  # fmt: skip
     if initial_state is None and not output_final_state and in_graph(q, impl):
-        return portable(*arguments[:9]), None
+        return node(*arguments[:9]), None
     form = choose(impl, implementations(q, impl))
     if form == "triton" and (impl == "triton" or plainly_eager(q)):
         result = fused.Fused.apply(
@@ -139,10 +144,9 @@ def _run(
         )  # fmt: skip
         return result if output_final_state else (result, None)
     function = reference if form == "reference" else chunked
-    device_type = q.device.type
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+    if under_autocast(q):
         # Autocast would take the float32 exponents through a 16-bit product.
-        with torch.autocast(device_type, enabled=False):
+        with torch.autocast(q.device.type, enabled=False):
             return function(*arguments)
     return function(*arguments)
 
@@ -196,42 +200,12 @@ def _validate(
     for name, x in named.items():
         if x is None:
             continue
-        if x.device != q.device:
-            raise ValueError(f"{name} is on {x.device}, q on {q.device}; one device is needed")
-        if x.dtype not in DTYPES:
-            raise ValueError(
-                f"{name} has dtype {x.dtype}; accepted: {', '.join(str(d) for d in DTYPES)}"
-            )
+        check_tensor(name, x, "q", q)
         if name in ("v", "k") and x.dtype != q.dtype:
             raise ValueError(f"{name} has dtype {x.dtype}, q has {q.dtype}; they must agree")
-        if x.shape[-1] > 1 and x.stride(-1) != 1:
-            raise ValueError(
-                f"{name} needs a contiguous last dimension, got strides {list(x.stride())}"
-            )
-    if log_decay is not None and _values_are_at_hand(log_decay) and (log_decay > 0).any():
+    if log_decay is not None and values_at_hand(log_decay) and (log_decay > 0).any():
         raise ValueError(f"log_decay must be <= 0, got {log_decay.max().item()}")
-    if order is not None:
-        _validate_order(order, q)
-
-
-def _values_are_at_hand(x: Tensor) -> bool:
-    """Whether values can be looked at without a wait: not on a GPU, not while tracing."""
-    return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _validate_order(order: Tensor, q: Tensor) -> None:
-    _, N, H, _ = q.shape
-    if order.shape not in ((N,), (H, N)):
-        raise ValueError(f"order must be [{N}] or [{H}, {N}], got shape {list(order.shape)}")
-    if order.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"order must be int32 or int64, got {order.dtype}")
-    if order.device != q.device:
-        raise ValueError(f"order is on {order.device}, q on {q.device}; one device is needed")
-    if _values_are_at_hand(order):
-        tokens = torch.arange(N, dtype=order.dtype).expand(order.shape)
-        if not torch.equal(order.sort(dim=-1).values, tokens):
-            first = order.flatten()[:8].tolist()
-            raise ValueError(f"order must hold each of 0 ... {N - 1} once, starts with {first}")
+    check_order(order, N, "q", q, H)
 
 
 def _validate_state(
@@ -251,7 +225,4 @@ def _validate_state(
         )
     if initial_state.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"initial_state must be float32 or float64, got {initial_state.dtype}")
-    if initial_state.device != q.device:
-        raise ValueError(
-            f"initial_state is on {initial_state.device}, q on {q.device}; one device is needed"
-        )
+    check_beside("initial_state", initial_state, "q", q)

@@ -6,6 +6,7 @@ B batch, N tokens, H heads, K key width per head, V value width per head.
 import torch
 from torch import Tensor
 
+from metala_vision.kernels._checks import check_tensor
 from metala_vision.kernels._fused import implementations, in_graph
 from metala_vision.kernels._impl import choose
 from metala_vision.kernels._portable import plainly_eager
@@ -15,7 +16,6 @@ from metala_vision.kernels.gated_norm.portable import portable
 from metala_vision.kernels.gated_norm.reference import reference
 
 NORMS = ("layer", "rms")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_KEY_WIDTH = 128
 MAX_VALUE_WIDTH = 256
 
@@ -171,13 +171,4 @@ def _validate(
             continue
         if name in shapes and list(x.shape) != shapes[name]:
             raise ValueError(f"{name} must have shape {shapes[name]}, got {list(x.shape)}")
-        if x.device != o.device:
-            raise ValueError(f"{name} is on {x.device}, o on {o.device}; one device is needed")
-        if x.dtype not in DTYPES:
-            raise ValueError(
-                f"{name} has dtype {x.dtype}; accepted: {', '.join(str(d) for d in DTYPES)}"
-            )
-        if x.shape[-1] > 1 and x.stride(-1) != 1:
-            raise ValueError(
-                f"{name} needs a contiguous last dimension, got strides {list(x.stride())}"
-            )
+        check_tensor(name, x, "o", o)

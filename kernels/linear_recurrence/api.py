@@ -6,16 +6,16 @@ B batch, N tokens, C channels of decay, M values that share one, D directions.
 import torch
 from torch import Tensor
 
+from metala_vision.kernels._checks import check_order, check_tensor, values_at_hand
 from metala_vision.kernels._fused import implementations, in_graph
 from metala_vision.kernels._impl import choose
-from metala_vision.kernels._portable import check_order, plainly_eager
+from metala_vision.kernels._portable import plainly_eager
 from metala_vision.kernels.linear_recurrence.chunked import chunked
 from metala_vision.kernels.linear_recurrence.fused import Fused
 from metala_vision.kernels.linear_recurrence.library import node
 from metala_vision.kernels.linear_recurrence.reference import reference
 
 DIRECTIONS = ("forward", "backward", "bidirectional")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def linear_recurrence(
@@ -92,19 +92,7 @@ def _validate(b: Tensor, log_decay: Tensor, direction: str, order: Tensor | None
     if list(log_decay.shape) != [B, N, C]:
         raise ValueError(f"log_decay must have shape {[B, N, C]}, got {list(log_decay.shape)}")
     for name, x in (("b", b), ("log_decay", log_decay)):
-        if x.dtype not in DTYPES:
-            raise ValueError(
-                f"{name} has dtype {x.dtype}; accepted: {', '.join(str(d) for d in DTYPES)}"
-            )
-        if x.shape[-1] > 1 and x.stride(-1) != 1:
-            raise ValueError(
-                f"{name} needs a contiguous last dimension, got strides {list(x.stride())}"
-            )
-    if log_decay.device != b.device:
-        raise ValueError(
-            f"log_decay is on {log_decay.device}, b on {b.device}; one device is needed"
-        )
-    at_hand = b.device.type == "cpu" and plainly_eager(b)
-    if at_hand and (log_decay > 0).any():
+        check_tensor(name, x, "b", b)
+    if values_at_hand(log_decay) and (log_decay > 0).any():
         raise ValueError(f"log_decay must be <= 0, got {log_decay.max().item()}")
-    check_order(order, N, "b", b, at_hand)
+    check_order(order, N, "b", b)

@@ -50,6 +50,12 @@ def backward(
     return d_b.sum(0) if len(d_b) > 1 else d_b[0], d_log
 
 
+def alike(b: Tensor, log_decay: Tensor, direction: str, order: Tensor | None) -> Tensor:
+    """[D, B, N, M, C] by the portable form."""
+    h = chunked(b, log_decay, direction, order)
+    return h if direction == "bidirectional" else h.unsqueeze(0)
+
+
 class Fused(torch.autograd.Function):
     """Saves h and the decays."""
 
@@ -66,11 +72,9 @@ class Fused(torch.autograd.Function):
         h, b, log_decay = ctx.saved_tensors
         direction, order, shared = ctx.options
         if many_or_second(d_h):
-
-            def portable(b: Tensor, log_decay: Tensor) -> list[Tensor]:
-                states = chunked(b, log_decay, direction, order)
-                return [states if direction == "bidirectional" else states.unsqueeze(0)]
-
-            gradients = portable_gradients(portable, [d_h], (b, log_decay), ctx.needs_input_grad)
+            gradients = portable_gradients(
+                lambda *x: [alike(*x, direction, order)], [d_h], (b, log_decay),
+                ctx.needs_input_grad,
+            )  # fmt: skip
             return *gradients, None, None
         return *backward(d_h, h, log_decay, direction, order, shared), None, None

@@ -8,24 +8,22 @@ Letters as in api.py.
 import torch
 from torch import Tensor
 
-from metala_vision.kernels._fused import runs_on, why_not
+from metala_vision.kernels._library import (
+    gradients,
+    like,
+    refuse_second_derivatives,
+    register_backward,
+    takes_kernels,
+)
 from metala_vision.kernels.linear_recurrence import fused
-from metala_vision.kernels.linear_recurrence.chunked import chunked
-
-
-def _takes_kernels(b: Tensor) -> bool:
-    if b.device.type == "cpu":  # the interpreter is for tests, and asked for by name
-        return False
-    return runs_on(b.device) and not why_not(b)
 
 
 @torch.library.custom_op("metala_vision::linear_recurrence", mutates_args=())
 def node(b: Tensor, log_decay: Tensor, direction: str, order: Tensor | None) -> Tensor:
     """[D, B, N, M, C], contiguous."""
-    if _takes_kernels(b):
+    if takes_kernels(b):
         return fused.forward(b, log_decay, direction, order)
-    h = chunked(b, log_decay, direction, order)
-    return (h if direction == "bidirectional" else h.unsqueeze(0)).contiguous()
+    return fused.alike(b, log_decay, direction, order).contiguous()
 
 
 @node.register_fake
@@ -36,28 +34,17 @@ def _(b, log_decay, direction, order):
 
 def _gradients(d_h, h, b, log_decay, direction, order) -> list[Tensor]:
     """Of b and log_decay."""
-    if _takes_kernels(b):
+    if takes_kernels(b):
         return list(fused.backward(d_h, h, log_decay, direction, order, b.dim() == 4))
-    given = [x.detach().requires_grad_() for x in (b, log_decay)]
-    with torch.enable_grad():
-        again = chunked(*given, direction, order)
-        again = again if direction == "bidirectional" else again.unsqueeze(0)
-        return [x.contiguous() for x in torch.autograd.grad(again, given, d_h)]
+    return gradients(lambda *t: [fused.alike(*t, direction, order)], d_h, (b, log_decay))
 
 
-# Not a custom_op: that runs its function below autograd, which is needed inside.
-_library = torch.library.Library("metala_vision", "FRAGMENT")
-_library.define(
+register_backward(
     "linear_recurrence_backward(Tensor d_h, Tensor h, Tensor b, Tensor log_decay, str direction, "
-    "Tensor? order) -> Tensor[]"
+    "Tensor? order) -> Tensor[]",
+    _gradients,
+    lambda d_h, h, b, log_decay, direction, order: like([b, log_decay]),
 )
-for _key in ("CPU", "CUDA"):
-    _library.impl("linear_recurrence_backward", _gradients, _key)
-
-
-@torch.library.register_fake("metala_vision::linear_recurrence_backward", lib=_library)
-def _(d_h, h, b, log_decay, direction, order):
-    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (b, log_decay)]
 
 
 def _save(ctx, inputs, output) -> None:
@@ -66,10 +53,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, d_h):
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "a compiled linear_recurrence has no second derivatives; leave it uncompiled"
-        )
+    refuse_second_derivatives("linear_recurrence")
     h, b, log_decay, order = ctx.saved_tensors
     backward = torch.ops.metala_vision.linear_recurrence_backward
     return *backward(d_h, h, b, log_decay, ctx.direction, order), None, None

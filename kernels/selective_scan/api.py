@@ -6,9 +6,10 @@ B batch, N tokens, E channels, M states of a channel, D directions.
 import torch
 from torch import Tensor
 
+from metala_vision.kernels._checks import check_order, check_tensor, values_at_hand
 from metala_vision.kernels._fused import implementations, in_graph
 from metala_vision.kernels._impl import choose
-from metala_vision.kernels._portable import check_order, plainly_eager
+from metala_vision.kernels._portable import plainly_eager
 from metala_vision.kernels.selective_scan.chunked import chunked
 from metala_vision.kernels.selective_scan.eager import portable
 from metala_vision.kernels.selective_scan.fused import Fused
@@ -16,7 +17,6 @@ from metala_vision.kernels.selective_scan.library import node
 from metala_vision.kernels.selective_scan.reference import reference
 
 DIRECTIONS = ("forward", "backward", "bidirectional")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_STATES = 64
 
 
@@ -147,17 +147,7 @@ def _validate(
                 f"{name} with one for each direction needs direction='bidirectional', "
                 f"got {direction!r}"
             )
-        if x.dtype not in DTYPES:
-            raise ValueError(
-                f"{name} has dtype {x.dtype}; accepted: {', '.join(str(d) for d in DTYPES)}"
-            )
-        if x.shape[-1] > 1 and x.stride(-1) != 1:
-            raise ValueError(
-                f"{name} needs a contiguous last dimension, got strides {list(x.stride())}"
-            )
-        if x.device != u.device:
-            raise ValueError(f"{name} is on {x.device}, u on {u.device}; one device is needed")
-    at_hand = u.device.type == "cpu" and plainly_eager(u)
-    if at_hand and (A > 0).any():
+        check_tensor(name, x, "u", u)
+    if values_at_hand(A) and (A > 0).any():
         raise ValueError(f"A must be <= 0, got {A.max().item()}")
-    check_order(order, N, "u", u, at_hand)
+    check_order(order, N, "u", u)

@@ -10,15 +10,14 @@ from typing import List  # noqa: UP035
 import torch
 from torch import Tensor
 
-from metala_vision.kernels._fused import runs_on, why_not
+from metala_vision.kernels._library import (
+    by_place,
+    like,
+    refuse_second_derivatives,
+    takes_kernels,
+)
 from metala_vision.kernels.selective_scan import fused
 from metala_vision.kernels.selective_scan.eager import Rows, portable
-
-
-def _takes_kernels(u: Tensor) -> bool:
-    if u.device.type == "cpu":  # the interpreter is for tests, and asked for by name
-        return False
-    return runs_on(u.device) and not why_not(u)
 
 
 @torch.library.custom_op("metala_vision::selective_scan", mutates_args=())
@@ -28,7 +27,7 @@ def node(
 ) -> Tensor:  # fmt: skip
     """[D, B, N, E] in out_type(u), contiguous."""
     inputs = (u, delta, A, k, q, skip, delta_bias)
-    if _takes_kernels(u):
+    if takes_kernels(u):
         return fused.forward(inputs, direction, order)
     return portable(*inputs, direction, order).to(fused.out_type(u)).contiguous()
 
@@ -53,7 +52,7 @@ def node_backward(
 ) -> List[Tensor]:  # noqa: UP006  # fmt: skip  (torch 2.6 reads no other)
     """Of the seven, in their order; those that are None are left out."""
     inputs = (u, delta, A, k, q, skip, delta_bias)
-    if _takes_kernels(u):
+    if takes_kernels(u):
         found = fused.backward(d_y, inputs, direction, order)
     else:
         found = Rows(*inputs, direction, order, d_y).gradients(inputs)
@@ -62,8 +61,7 @@ def node_backward(
 
 @node_backward.register_fake
 def _(d_y, u, delta, A, k, q, skip, delta_bias, direction, order):
-    given = [x for x in (u, delta, A, k, q, skip, delta_bias) if x is not None]
-    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in given]
+    return like((u, delta, A, k, q, skip, delta_bias))
 
 
 def _save(ctx, inputs, output) -> None:
@@ -72,13 +70,11 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, d_y):
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "a compiled selective_scan has no second derivatives; leave it uncompiled"
-        )
-    *given, order = ctx.saved_tensors
-    found = iter(torch.ops.metala_vision.selective_scan_backward(d_y, *given, ctx.direction, order))
-    return *(None if x is None else next(found) for x in given), None, None
+    refuse_second_derivatives("selective_scan")
+    *inputs, order = ctx.saved_tensors
+    backward = torch.ops.metala_vision.selective_scan_backward
+    found = backward(d_y, *inputs, ctx.direction, order)
+    return *by_place(found, (x is not None for x in inputs)), None, None
 
 
 node.register_autograd(_backward, setup_context=_save)

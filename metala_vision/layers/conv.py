@@ -9,13 +9,10 @@ from typing import Any
 import torch
 import torch.fx
 import torch.nn.functional as F
-from timm.layers import register_notrace_function
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
 
 from metala_vision.kernels.depthwise_conv import depthwise_conv_silu_op
-
-register_notrace_function(depthwise_conv_silu_op)
 
 CONVS = ("depthwise2d", "causal1d", "none")
 ACCEPTED = (*CONVS, "causal1d(WIDTH)")
@@ -127,7 +124,6 @@ class TokenConv(nn.Module):
         else:
             return self.by_operator(x) if self.fuses(x) else self.by_module(x)
 
-    @torch.jit.unused
     def fuses(self, x: Tensor) -> bool:
         """Whether one kernel convolves and takes SiLU."""
         if isinstance(x, torch.fx.Proxy) or not on_gpu(x):
@@ -136,7 +132,6 @@ class TokenConv(nn.Module):
             return is_plain(self.conv, (3, 3), (1, 1))
         return is_plain(self.conv, (self.before + 1,), (0,))
 
-    @torch.jit.unused
     def by_operator(self, x: Tensor) -> Tensor:
         """Convolution and SiLU at once, by the module's parameters."""
         conv: Any = self.conv

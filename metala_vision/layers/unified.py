@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metala_vision.kernels._portable import plainly_eager
+from metala_vision.kernels._checks import values_at_hand
 from metala_vision.kernels.gated_linear_attention import (
     DIRECTIONS,
     MAX_KEY_WIDTH,
@@ -133,8 +133,7 @@ def through_operator(
         ValueError: for a decay below 0 or above 1, where values are at hand.
     """
     alpha = wide(alpha)
-    at_hand = alpha.device.type == "cpu" and plainly_eager(alpha)
-    if at_hand and alpha.numel():
+    if values_at_hand(alpha) and alpha.numel():
         least, most = (value.item() for value in alpha.detach().aminmax())
         if least < 0 or most > 1:
             raise ValueError(f"decay must be in [0, 1], got {least if least < 0 else most:g}; "

@@ -13,7 +13,14 @@ from metala_vision.kernels.depthwise_conv import (
 )
 from tests._numerics import SAME, bound, relative_rms
 from tests.kernels._cases import CONV_MODES, conv_inputs
-from tests.kernels.test_library import graph_of, one_node
+from tests.kernels._graphs import (
+    assert_close,
+    assert_inlined,
+    assert_second_derivatives_refused,
+    every_gradient,
+    graph_of,
+    one_node,
+)
 
 NODE = "metala_vision.depthwise_conv_silu"
 
@@ -106,15 +113,9 @@ def test_second_and_many_gradients_under_autocast(as_auto):
         with torch.autocast("cpu", torch.bfloat16):
             y = step(leaves, impl=impl)
         assert ("Fused" in type(y.grad_fn).__name__) == (impl == "auto")
-        first = torch.autograd.grad(y.float().square().sum(), inputs, create_graph=True)
-        penalty = sum(t.square().sum() for t in first)
-        second = torch.autograd.grad(penalty, inputs, retain_graph=True)
-        several = torch.stack([torch.ones_like(y), -torch.ones_like(y)])
-        (many,) = torch.autograd.grad(y, leaves["x"], several, is_grads_batched=True)
-        results.append([*(t.detach() for t in first), *second, many])
-    for ours, other in zip(*results, strict=True):
-        # Each rounds to 16 bits at its own places, the second derivatives twice.
-        assert relative_rms(ours, other) <= 4 * bound(torch.bfloat16, "gate")
+        results.append(every_gradient(y, inputs, leaves["x"]))
+    # Each rounds to 16 bits at its own places, the second derivatives twice.
+    assert_close(*results, 4 * bound(torch.bfloat16, "gate"))
 
 
 def test_what_does_not_fit_is_left_to_the_library_to_refuse(as_auto):
@@ -150,23 +151,10 @@ def test_on_a_cpu_in_float64_and_for_another_form_it_is_inlined(monkeypatch):
 
 def test_exports_and_functional_gradients_inline_it(wanted):
     given, step = case("3x3, bias")
-    plain = {key: t.detach() for key, t in given.items()}
-
-    class Module(torch.nn.Module):
-        def forward(self, tensors):
-            return step(tensors)
-
-    for strict in (False, True):
-        assert NODE not in str(torch.export.export(Module(), (plain,), strict=strict).graph)
-    gradient = torch.func.grad(lambda t: step(t).square().sum())
-    found = torch.compile(gradient, fullgraph=True, backend="aot_eager")(plain)
-    expected = gradient(plain)
-    assert all(relative_rms(found[key], expected[key]) <= SAME for key in plain)
+    assert_inlined(NODE, step, given)
 
 
 @one_node
 def test_a_second_derivative_is_refused_and_not_zero(wanted):
     given, step = case("3x3")
-    compiled = torch.compile(lambda t: step(t).square().sum(), backend="eager")
-    with pytest.raises(RuntimeError, match="depthwise_conv_silu has no second derivatives"):
-        torch.autograd.grad(compiled(given), [given["x"]], create_graph=True)
+    assert_second_derivatives_refused("depthwise_conv_silu", lambda: step(given), given["x"])

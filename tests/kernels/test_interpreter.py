@@ -14,6 +14,7 @@ from metala_vision.kernels._fused import interpreted
 from metala_vision.kernels.gated_linear_attention import DIRECTIONS, gated_linear_attention
 from tests._numerics import GATES, LENGTHS, SAME, bound, normal, relative_rms
 from tests.kernels._cases import MODES, TAU, inputs, mode_errors, truth
+from tests.kernels._graphs import INTERPRETER
 
 if not interpreted():
     pytest.skip("needs TRITON_INTERPRET=1: make test-kernels", allow_module_level=True)
@@ -22,12 +23,7 @@ from metala_vision.kernels import _triton
 from metala_vision.kernels._portable import plainly_eager
 from metala_vision.kernels.gated_linear_attention import triton_bwd, triton_fwd, triton_states
 
-pytestmark = [
-    pytest.mark.interpreter,
-    pytest.mark.usefixtures("poisoned"),
-    # Triton's interpreter on `range` of a kernel's number.
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
-]
+pytestmark = [*INTERPRETER, pytest.mark.usefixtures("poisoned")]
 QUICK = (1, 2, 15, 16, 17, 49)
 
 

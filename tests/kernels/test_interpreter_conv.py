@@ -10,21 +10,16 @@ from torch.utils.checkpoint import checkpoint
 
 from metala_vision.kernels._fused import interpreted
 from metala_vision.kernels.depthwise_conv import api, depthwise_conv_silu, fused, library
-from tests._numerics import SAME, bound, relative_rms
+from tests._numerics import SAME, bound
 from tests.kernels._cases import CONV_MODES, conv_errors, conv_inputs
-from tests.kernels.test_library import one_node
+from tests.kernels._graphs import INTERPRETER, assert_close, every_gradient, not_taken, one_node
 
 if not interpreted():
     pytest.skip("needs TRITON_INTERPRET=1: make test-kernels", allow_module_level=True)
 
 from metala_vision.kernels.depthwise_conv import triton_bwd, triton_fwd
 
-pytestmark = [
-    pytest.mark.interpreter,
-    pytest.mark.usefixtures("poisoned"),
-    # Triton's interpreter on `range` of a kernel's number.
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
-]
+pytestmark = [*INTERPRETER, pytest.mark.usefixtures("poisoned")]
 RULE = bound(torch.float32, "y")
 
 
@@ -155,23 +150,11 @@ def test_second_and_many_gradients_are_the_portable_forms():
         leaves, padding = leaves_of()
         inputs = list(leaves.values())
         y = depthwise_conv_silu(**leaves, **padding, impl=impl)
-        first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
-        penalty = sum(t.square().sum() for t in first)
-        second = torch.autograd.grad(penalty, inputs, retain_graph=True)
-        several = torch.stack([torch.ones_like(y), -torch.ones_like(y)])
-        (many,) = torch.autograd.grad(y, leaves["x"], several, is_grads_batched=True)
-        results.append([*(t.detach() for t in first), *second, many])
-    for ours, other in zip(*results, strict=True):
-        assert relative_rms(ours, other) <= 10 * SAME
+        results.append(every_gradient(y, inputs, leaves["x"]))
+    assert_close(*results, 10 * SAME)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "message"),
-    [
-        (torch.float64, "impl='triton' does not take float64; accepted: auto, portable"),
-        (torch.float16, r"does not take torch\.float16 in Triton's interpreter"),
-    ],
-)
+@not_taken
 def test_what_the_kernels_do_not_take_is_named(dtype, message):
     inputs, padding = conv_inputs(dtype=dtype)
     with pytest.raises(ValueError, match=message):
@@ -200,7 +183,7 @@ def test_more_taps_and_an_old_triton_are_left_to_the_library(monkeypatch):
 def test_the_compiled_node_runs_the_same_kernels(mode, monkeypatch):
     """As on a GPU, forward and backward."""
     monkeypatch.setattr(library, "wanted", lambda device: True)
-    monkeypatch.setattr(library, "_takes_kernels", lambda x: True)
+    monkeypatch.setattr(library, "takes_kernels", lambda x: True)
     inputs, padding = conv_inputs(**CONV_MODES[mode])
     leaves = {name: t.detach().requires_grad_() for name, t in inputs.items()}
     # Inductor reads a gradient by the strides that it expects, aot_eager by those that it has.

@@ -19,15 +19,12 @@ from metala_vision.kernels import (
 from metala_vision.kernels._fused import interpreted
 from tests._numerics import normal
 from tests.kernels._cases import CONV_MODES, NORM_MODES, conv_inputs, norm_inputs, scan_inputs
+from tests.kernels._graphs import INTERPRETER
 
 if not interpreted():
     pytest.skip("needs TRITON_INTERPRET=1: make test-kernels", allow_module_level=True)
 
-pytestmark = [
-    pytest.mark.interpreter,
-    # Triton's interpreter on `range` of a kernel's number.
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
-]
+pytestmark = INTERPRETER
 N, H, K, V = 20, 2, 16, 24
 
 
@@ -97,7 +94,7 @@ def layout(tensors):
 @pytest.mark.parametrize("name", CASES)
 def test_strides_are_those_promised(name, monkeypatch):
     package, make = CASES[name]
-    monkeypatch.setattr(f"{package.__name__}.library._takes_kernels", lambda x: True)
+    monkeypatch.setattr(f"{package.__name__}.library.takes_kernels", lambda x: True)
     operator = OPERATORS.get(package, package.__name__.rpartition(".")[2])
     forward = getattr(torch.ops.metala_vision, operator)
     backward = getattr(torch.ops.metala_vision, f"{operator}_backward")

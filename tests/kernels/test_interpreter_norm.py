@@ -9,9 +9,9 @@ from torch.utils.checkpoint import checkpoint
 from metala_vision.kernels._fused import interpreted
 from metala_vision.kernels.gated_linear_attention import gated_linear_attention
 from metala_vision.kernels.gated_norm import gated_norm, library
-from tests._numerics import GATES, SAME, bound, relative_rms
+from tests._numerics import GATES, SAME, bound
 from tests.kernels._cases import NORM_MODES, norm_errors, norm_inputs
-from tests.kernels.test_library import one_node
+from tests.kernels._graphs import INTERPRETER, assert_close, every_gradient, not_taken, one_node
 
 if not interpreted():
     pytest.skip("needs TRITON_INTERPRET=1: make test-kernels", allow_module_level=True)
@@ -19,12 +19,7 @@ if not interpreted():
 from metala_vision.kernels import _triton
 from metala_vision.kernels.gated_norm import triton_bwd, triton_fwd
 
-pytestmark = [
-    pytest.mark.interpreter,
-    pytest.mark.usefixtures("poisoned"),
-    # Triton's interpreter on `range` of a kernel's number.
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
-]
+pytestmark = [*INTERPRETER, pytest.mark.usefixtures("poisoned")]
 RULE = bound(torch.float32, "y")
 
 
@@ -137,25 +132,13 @@ def test_second_and_many_gradients_are_the_portable_forms_of_dependent_inputs_to
     for impl in ("triton", "portable"):
         given, y = made_of_one_another(impl)
         inputs = list(given.values())
-        first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
         plain = torch.autograd.grad(y.square().sum(), inputs, retain_graph=True)
-        assert all(relative_rms(a, b) <= SAME for a, b in zip(first, plain, strict=True))
-        penalty = sum(x.square().sum() for x in first)
-        second = torch.autograd.grad(penalty, inputs, retain_graph=True)
-        several = torch.stack([torch.ones_like(y), -torch.ones_like(y)])
-        (many,) = torch.autograd.grad(y, given["v"], several, is_grads_batched=True)
-        results.append([*(x.detach() for x in first), *second, many])
-    for ours, other in zip(*results, strict=True):
-        assert relative_rms(ours, other) <= 10 * SAME
+        results.append(every_gradient(y, inputs, given["v"]))
+        assert_close(results[-1][: len(inputs)], plain, SAME)
+    assert_close(*results, 10 * SAME)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "message"),
-    [
-        (torch.float64, "impl='triton' does not take float64; accepted: auto, portable"),
-        (torch.float16, r"does not take torch\.float16 in Triton's interpreter"),
-    ],
-)
+@not_taken
 def test_what_the_kernels_do_not_take_is_named(dtype, message):
     given = norm_inputs(5, dtype=dtype)
     with pytest.raises(ValueError, match=message):
@@ -188,8 +171,7 @@ def test_a_mixers_gradients_with_a_graph_are_those_without(monkeypatch):
         loss = mixer(x).square().sum()
         first = torch.autograd.grad(loss, inputs, create_graph=True)
         plain = torch.autograd.grad(loss, inputs)
-        for a, b in zip(first, plain, strict=True):
-            assert relative_rms(a, b) <= 10 * SAME
+        assert_close(first, plain, 10 * SAME)
 
 
 @one_node
@@ -197,7 +179,7 @@ def test_a_mixers_gradients_with_a_graph_are_those_without(monkeypatch):
 def test_the_compiled_node_runs_the_same_kernels(more, monkeypatch):
     """As on a GPU, forward and backward."""
     monkeypatch.setattr(library, "wanted", lambda device: True)
-    monkeypatch.setattr(library, "_takes_kernels", lambda x: True)
+    monkeypatch.setattr(library, "takes_kernels", lambda x: True)
     leaves = {name: x.detach().requires_grad_() for name, x in norm_inputs(20, **more).items()}
     results = []
     for form in (

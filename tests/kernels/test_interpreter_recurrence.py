@@ -7,18 +7,14 @@ from metala_vision.kernels._fused import interpreted
 from metala_vision.kernels.linear_recurrence import linear_recurrence
 from tests._numerics import GATES, SAME, bound, normal, relative_rms
 from tests.kernels._cases import RECURRENCE_MODES, recurrence_errors
+from tests.kernels._graphs import INTERPRETER, assert_close, every_gradient
 
 if not interpreted():
     pytest.skip("needs TRITON_INTERPRET=1: make test-kernels", allow_module_level=True)
 
 from metala_vision.kernels.linear_recurrence import triton_scan
 
-pytestmark = [
-    pytest.mark.interpreter,
-    pytest.mark.usefixtures("poisoned"),
-    # Triton's interpreter on `range` of a kernel's number.
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
-]
+pytestmark = [*INTERPRETER, pytest.mark.usefixtures("poisoned")]
 RULE = bound(torch.float32, "h")
 
 
@@ -78,15 +74,8 @@ def test_second_and_many_gradients_are_the_portable_forms():
     for impl in ("triton", "chunked"):
         b, log_decay = leaves()
         h = linear_recurrence(b, log_decay.exp() - 1, impl=impl)
-        first = torch.autograd.grad(h.square().sum(), (b, log_decay), create_graph=True)
-        second = torch.autograd.grad(
-            sum(x.square().sum() for x in first), (b, log_decay), retain_graph=True
-        )
-        several = torch.stack([torch.ones_like(h), -torch.ones_like(h)])
-        (many,) = torch.autograd.grad(h, b, several, is_grads_batched=True)
-        results.append([*(x.detach() for x in first), *second, many])
-    for ours, other in zip(*results, strict=True):
-        assert relative_rms(ours, other) <= 10 * SAME
+        results.append(every_gradient(h, (b, log_decay), b))
+    assert_close(*results, 10 * SAME)
 
 
 def test_what_the_kernels_do_not_take_is_named():

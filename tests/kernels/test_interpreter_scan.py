@@ -7,6 +7,7 @@ from metala_vision.kernels._fused import interpreted
 from metala_vision.kernels.selective_scan import selective_scan
 from tests._numerics import SAME, bound, relative_rms
 from tests.kernels._cases import SCAN_MODES, STEP_GATES, scan_errors, scan_inputs
+from tests.kernels._graphs import INTERPRETER, assert_close, every_gradient
 
 if not interpreted():
     pytest.skip("needs TRITON_INTERPRET=1: make test-kernels", allow_module_level=True)
@@ -17,12 +18,7 @@ from metala_vision.kernels.selective_scan.fused import Fused
 from metala_vision.layers import MambaMixer
 from metala_vision.layers.conv import CONVS
 
-pytestmark = [
-    pytest.mark.interpreter,
-    pytest.mark.usefixtures("poisoned"),
-    # Triton's interpreter on `range` of a kernel's number.
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
-]
+pytestmark = [*INTERPRETER, pytest.mark.usefixtures("poisoned")]
 RULE = bound(torch.float32, "y")
 
 
@@ -90,13 +86,8 @@ def test_second_and_many_gradients_are_the_portable_forms():
         # one input made of another
         y = selective_scan(**{**inputs, "k": inputs["q"].tanh()}, impl=impl)
         given = [inputs[name] for name in ("u", "delta", "A", "q")]
-        first = torch.autograd.grad(y.square().sum(), given, create_graph=True)
-        second = torch.autograd.grad(sum(x.square().sum() for x in first), given, retain_graph=True)
-        several = torch.stack([torch.ones_like(y), -torch.ones_like(y)])
-        (many,) = torch.autograd.grad(y, given[0], several, is_grads_batched=True)
-        results.append([*(x.detach() for x in first), *second, many])
-    for ours, other in zip(*results, strict=True):
-        assert relative_rms(ours, other) <= 10 * SAME
+        results.append(every_gradient(y, given, given[0]))
+    assert_close(*results, 10 * SAME)
 
 
 def test_channels_may_lie_anywhere_for_a_layer():

@@ -8,14 +8,11 @@ from metala_vision.kernels.gated_linear_attention import (
     gated_linear_attention,
     gated_linear_attention_op,
 )
-from metala_vision.kernels.gated_linear_attention.library import portable
+from metala_vision.kernels.gated_linear_attention.library import node
 from tests._numerics import SAME, normal, relative_rms
+from tests.kernels._graphs import assert_second_derivatives_refused, graph_of, one_node
 
 B, N, H, K, V = 2, 33, 2, 4, 6
-one_node = pytest.mark.skipif(
-    not hasattr(torch.compiler, "_is_exporting_flag"),
-    reason="before torch 2.7 a compilation cannot be told from an export, and inlines the tree",
-)
 
 
 def inputs(dtype=torch.float32, grad=True):
@@ -37,20 +34,7 @@ def inputs(dtype=torch.float32, grad=True):
     ids=["gate", "log decay, key, order", "undecayed"],
 )  # fmt: skip
 def test_the_operator_is_registered_as_torch_wants_it(arguments):
-    torch.library.opcheck(portable, arguments(inputs()))
-
-
-def graph_of(function, *arguments):
-    """The graphs that torch.compile makes of a call, as text, and the call's result."""
-    graphs = []
-    torch.compiler.reset()
-
-    def keep(module, example):
-        graphs.append(str(module.graph))
-        return module
-
-    result = torch.compile(function, fullgraph=True, backend=keep)(*arguments)
-    return "".join(graphs), result
+    torch.library.opcheck(node, arguments(inputs()))
 
 
 @one_node
@@ -100,12 +84,10 @@ def test_states_and_exports_are_inlined():
 def test_a_second_derivative_is_refused_and_not_zero():
     x = inputs()
 
-    def loss(q, v, gate):
-        return gated_linear_attention(q, v, gate=gate).square().sum()
+    def step():
+        return gated_linear_attention(x["q"], x["v"], gate=x["gate"])
 
-    compiled = torch.compile(loss, backend="eager")
-    with pytest.raises(RuntimeError, match="no second derivatives; leave it uncompiled"):
-        torch.autograd.grad(compiled(x["q"], x["v"], x["gate"]), [x["gate"]], create_graph=True)
+    assert_second_derivatives_refused("gated_linear_attention", step, x["gate"])
 
 
 @one_node

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from metala_vision.kernels.linear_recurrence import linear_recurrence, linear_recurrence_op
 from tests._numerics import GATES, LENGTHS, bound, normal, relative_rms
 from tests.kernels._cases import RECURRENCE_MODES, recurrence_errors
+from tests.kernels._graphs import assert_second_derivatives_refused, one_node
 
 RULE = bound(torch.float32, "h")
 
@@ -104,6 +105,14 @@ def test_a_script_a_transform_and_a_compiled_graph_give_the_same():
         strict=True,
     ):  # fmt: skip
         assert relative_rms(ours, eager) <= 1e-6
+
+
+@one_node
+def test_a_second_derivative_of_the_node_is_refused_and_not_zero():
+    b, log_decay = (x.requires_grad_() for x in some(9))
+    assert_second_derivatives_refused(
+        "linear_recurrence", lambda: linear_recurrence_op(b, log_decay, "forward", None), b
+    )
 
 
 @pytest.mark.parametrize(

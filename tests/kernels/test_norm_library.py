@@ -6,7 +6,12 @@ import torch
 from metala_vision.kernels.gated_norm import gated_norm, library
 from tests._numerics import SAME, relative_rms
 from tests.kernels._cases import norm_inputs
-from tests.kernels.test_library import graph_of, one_node
+from tests.kernels._graphs import (
+    assert_inlined,
+    assert_second_derivatives_refused,
+    graph_of,
+    one_node,
+)
 
 NODE = "metala_vision.gated_norm"
 CASES = {
@@ -72,23 +77,10 @@ def test_on_a_cpu_in_float64_and_for_another_form_it_is_inlined(monkeypatch):
 
 def test_exports_and_functional_gradients_inline_it(wanted):
     given, _ = case("gate")
-    plain = {key: x.detach() for key, x in given.items()}
-
-    class Module(torch.nn.Module):
-        def forward(self, tensors):
-            return gated_norm(**tensors)
-
-    for strict in (False, True):
-        assert NODE not in str(torch.export.export(Module(), (plain,), strict=strict).graph)
-    gradient = torch.func.grad(lambda x: gated_norm(**x).square().sum())
-    found = torch.compile(gradient, fullgraph=True, backend="aot_eager")(plain)
-    expected = gradient(plain)
-    assert all(relative_rms(found[key], expected[key]) <= SAME for key in plain)
+    assert_inlined(NODE, lambda x: gated_norm(**x), given)
 
 
 @one_node
 def test_a_second_derivative_is_refused_and_not_zero(wanted):
     given, _ = case("gate")
-    compiled = torch.compile(lambda x: gated_norm(**x).square().sum(), backend="eager")
-    with pytest.raises(RuntimeError, match="gated_norm has no second derivatives"):
-        torch.autograd.grad(compiled(given), [given["q"]], create_graph=True)
+    assert_second_derivatives_refused("gated_norm", lambda: gated_norm(**given), given["q"])

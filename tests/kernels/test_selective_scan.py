@@ -9,6 +9,7 @@ from metala_vision.kernels.selective_scan import eager, selective_scan, selectiv
 from metala_vision.kernels.selective_scan.chunked import chunked
 from tests._numerics import LENGTHS, SAME, bound, relative_rms
 from tests.kernels._cases import SCAN_MODES, STEP_GATES, scan_errors, scan_inputs
+from tests.kernels._graphs import assert_second_derivatives_refused, one_node
 
 RULE = bound(torch.float32, "y")
 
@@ -141,6 +142,14 @@ def test_a_script_a_transform_and_a_compiled_graph_give_the_same():
         strict=True,
     ):  # fmt: skip
         assert relative_rms(ours, eagerly) <= SAME
+
+
+@one_node
+def test_a_second_derivative_of_the_node_is_refused_and_not_zero():
+    inputs = some(9, torch.float32)
+    assert_second_derivatives_refused(
+        "selective_scan", lambda: selective_scan(**inputs), inputs["u"]
+    )
 
 
 def test_autocast_changes_nothing():
