@@ -16,7 +16,8 @@ Each model that is compiled for a size, and each that is not, has a process of i
 to itself; compiled ones are compiled ahead, several at once, into torch's cache. Rows come in the
 order of importance until the minutes are over; what is left is "not run", and the next run with the
 same --out does that. What the processes say lies beside the file, in the folder of its name. A peer
-is a model of others that is not in this repository: FUNCTION(img_size) gives it.
+is a model of others that is not in this repository: FUNCTION(img_size) gives it; peer_models.py has
+adaptors for ViG and fla-zoo.
 """
 
 import argparse

@@ -1,0 +1,59 @@
+"""Adaptors of others' models: what is missing is named; with checkouts the models are theirs."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from metala_vision.errors import UserError
+from tests.benchmarks._load import BENCHMARKS, ROOT, load
+
+peer_models = load("peer_models")
+FOLDER = peer_models.FOLDER
+# Million parameters: what the papers and DeiT-tiny's width and depth come to.
+PARAMETERS = {"vig_tiny": 5.83, "flazoo_gla": 5.80}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_missing_checkout_and_a_missing_package_are_named(name, monkeypatch, tmp_path):
+    build = getattr(peer_models, name)
+    monkeypatch.delenv(FOLDER, raising=False)
+    with pytest.raises(UserError, match=f"{FOLDER} must name the folder that holds a checkout of"):
+        build(224)
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    with pytest.raises(UserError, match=f"{FOLDER}={tmp_path} holds no checkout called"):
+        build(224)
+    monkeypatch.setitem(sys.modules, "not_there", None)
+    with pytest.raises(UserError, match="ViG needs the package not_there, which is not installed"):
+        peer_models.load("not_there", "ViG")
+
+
+def test_two_libraries_of_one_name_are_refused(monkeypatch, tmp_path):
+    library = type(sys)("fla")
+    library.__file__ = str(tmp_path / "ViG/fla/__init__.py")
+    refuse = peer_models.refuse_the_others_library
+    refuse("ViG", tmp_path / "ViG", inside=True)
+    monkeypatch.setitem(sys.modules, "fla", library)
+    refuse("ViG", tmp_path / "ViG", inside=True)
+    for name, root, inside in (("ViG", "other", True), ("fla-zoo", "ViG", False)):
+        with pytest.raises(UserError, match=f"{name} needs a process of its own: .* is imported"):
+            refuse(name, tmp_path / root, inside=inside)
+
+
+@pytest.mark.launch
+@pytest.mark.skipif(FOLDER not in os.environ, reason=f"{FOLDER} names no folder of checkouts")
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_checkout_gives_its_model(name):
+    code = (
+        f"import peer_models\nmodel = peer_models.{name}(96)\n"
+        f"model = peer_models.{name}(224)\n"
+        "print(sum(p.numel() for p in model.parameters()))"
+    )
+    paths = [str(BENCHMARKS), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) / 1e6 == pytest.approx(PARAMETERS[name], abs=0.01)
