@@ -17,7 +17,7 @@ to itself; compiled ones are compiled ahead, several at once, into torch's cache
 order of importance until the minutes are over; what is left is "not run", and the next run with the
 same --out does that. What the processes say lies beside the file, in the folder of its name. A peer
 is a model of others that is not in this repository: FUNCTION(img_size) gives it; peer_models.py has
-adaptors for ViG and fla-zoo.
+adaptors for ViG, Vim and fla-zoo.
 """
 
 import argparse

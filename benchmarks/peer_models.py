@@ -1,26 +1,35 @@
 """Adaptors for `--peer`: models of others, from checkouts of their repositories.
 
     git clone https://github.com/hustvl/ViG                 (tried with dfb9d32)
+    git clone https://github.com/hustvl/Vim                 (tried with dd0358a)
     git clone https://github.com/yibozhong/fla-zoo          (tried with 9bea27b)
-    METALA_VISION_PEERS=FOLDER python benchmarks/models.py \\
+    export METALA_VISION_PEERS=FOLDER                       (that holds them)
+    python benchmarks/peer_models.py vim_tiny               (try one: its parameters)
+    python benchmarks/models.py run --out models.json \\
         --peer vig_tiny=benchmarks/peer_models.py:vig_tiny \\
+        --peer vim_tiny=benchmarks/peer_models.py:vim_tiny \\
         --peer flazoo_gla=benchmarks/peer_models.py:flazoo_gla
 
-FOLDER holds both checkouts. ViG brings its own flash-linear-attention and needs einops, opt_einsum
-and transformers; fla-zoo needs flash-linear-attention (0.6.0), einops and transformers (5). Each
-runs in a process of its own: their modules share names. Nothing of theirs is in this repository.
+All need einops and transformers (5). ViG brings its own flash-linear-attention and needs
+opt_einsum; fla-zoo needs flash-linear-attention (0.6.0); Vim builds its CUDA extensions for this
+GPU when none is installed (nvcc and ninja, minutes, once). Each runs in a process of its own: their
+modules share names. Nothing of theirs is in this repository.
 """
 
+import argparse
 import importlib
+import importlib.util
 import os
 import sys
 import types
 from pathlib import Path
 from typing import Any
 
+import torch
+from results import command
 from torch import Tensor, nn
 
-from metala_vision.errors import UserError
+from metala_vision.errors import UserError, one_line
 from metala_vision.transfer import hidden_kernels
 
 FOLDER = "METALA_VISION_PEERS"
@@ -81,6 +90,90 @@ def vig_tiny(size: int) -> nn.Module:
     )  # fmt: skip
 
 
+# What Vim's CUDA sources call of CUB, and CUDA 13's has no more.
+CUB = """#pragma once
+#ifdef __CUDACC__
+namespace cub {
+__device__ __forceinline__ void CTA_SYNC() { __syncthreads(); }
+__device__ __forceinline__ unsigned LaneId() {
+  unsigned lane;
+  asm("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+}
+#endif
+"""
+
+
+def extension(name: str, folder: Path) -> None:
+    """A CUDA extension of Vim's, imported under its name: an installed one, or one built here.
+
+    Raises:
+        UserError: where there is neither that nor a compiler that builds it.
+    """
+    if importlib.util.find_spec(name):
+        importlib.import_module(name)
+        return
+    from torch.utils import cpp_extension  # looks for a compiler, and says what it found
+
+    if not Path(cpp_extension.CUDA_HOME or "", "bin/nvcc").is_file():
+        raise UserError(f"Vim needs {name}: it is not installed, and there is no nvcc to build it")
+    if not (torch.cuda.is_available() or os.environ.get("TORCH_CUDA_ARCH_LIST")):
+        raise UserError(
+            f"Vim needs {name}: it is not installed, and there is no GPU to build it for "
+            "(TORCH_CUDA_ARCH_LIST=9.0 names one)"
+        )
+    header = Path(cpp_extension.get_default_build_root()) / "metala_vision_cub.h"
+    header.parent.mkdir(parents=True, exist_ok=True)
+    header.write_text(CUB)
+    types_ = ("HALF", "BFLOAT16")
+    lifted = [f"-U__CUDA_NO_{t}_{what}__" for t in types_ for what in ("OPERATORS", "CONVERSIONS")]
+    lifted += [f"-U__CUDA_NO_BFLOAT162_{what}__" for what in ("OPERATORS", "CONVERSIONS")]
+    sources = sorted(str(file) for ending in ("cpp", "cu") for file in folder.glob(f"*.{ending}"))
+    try:
+        sys.modules[name] = cpp_extension.load(
+            name, sources,
+            extra_include_paths=[str(folder)], extra_cflags=["-O3", "-std=c++17"],
+            extra_cuda_cflags=[
+                "-O3", "-std=c++17", "--expt-relaxed-constexpr", "--expt-extended-lambda",
+                "--use_fast_math", "-include", str(header), *lifted,
+            ],
+        )  # fmt: skip
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"Vim's {name} does not build: {one_line(error)}") from error
+
+
+def without_init(name: str, folder: Path) -> None:
+    """A package of a checkout, its __init__ not run."""
+    package = types.ModuleType(name)
+    package.__path__ = [str(folder)]
+    sys.modules[name] = package
+
+
+def vim_tiny(size: int) -> nn.Module:
+    """Vim-T, arXiv 2401.09417, as its scripts/pt-vim-t.sh trains it; no stochastic depth."""
+    root = checkout("Vim")
+    extension("causal_conv1d_cuda", root / "causal-conv1d/csrc")
+    extension("selective_scan_cuda", root / "mamba-1p1p1/csrc/selective_scan")
+    # Its __init__ files import language models and their generation, which today's transformers
+    # does not fit.
+    without_init("mamba_ssm", root / "mamba-1p1p1/mamba_ssm")
+    for name, names in (
+        ("generation", ("GenerationMixin",)),
+        ("hf", ("load_config_hf", "load_state_dict_hf")),
+    ):
+        module = types.ModuleType(f"mamba_ssm.utils.{name}")
+        module.__dict__.update(dict.fromkeys(names))
+        sys.modules[module.__name__] = module
+    sys.path[:0] = [str(root / "vim"), str(root / "causal-conv1d")]
+    return load("models_mamba", "Vim").VisionMamba(
+        img_size=size, patch_size=16, embed_dim=192, depth=24, rms_norm=True,
+        residual_in_fp32=True, fused_add_norm=True, final_pool_type="mean", if_abs_pos_embed=True,
+        bimamba_type="v2", if_cls_token=True, if_divide_out=True, use_middle_cls_token=True,
+        drop_path_rate=0.0,
+    )  # fmt: skip
+
+
 class Logits(nn.Module):
     """A transformers model that gives its logits."""
 
@@ -98,9 +191,7 @@ def flazoo_gla(size: int) -> nn.Module:
     refuse_the_others_library("fla-zoo", root.with_name("ViG"), inside=False)
     # Its own __init__ files import every model, among them some that today's library lacks.
     for name in ("flazoo", "flazoo.models", "flazoo.models.vision"):
-        package = types.ModuleType(name)
-        package.__path__ = [str(root.joinpath(*name.split(".")))]
-        sys.modules[name] = package
+        without_init(name, root.joinpath(*name.split(".")))
     settings = load("flazoo.models.vision.gla.configuration_gla", "fla-zoo").GLAVisionConfig(
         hidden_size=192, num_hidden_layers=12, num_heads=3, mlp_dim=768, image_size=size,
         patch_size=16, num_classes=1000, scan_type="bi-scan",
@@ -109,3 +200,19 @@ def flazoo_gla(size: int) -> nn.Module:
     # What transformers 5 sets in a call that models of version 4 do not make.
     models.PreTrainedModel.all_tied_weights_keys = {}
     return Logits(models.GLAForImageClassification(settings))
+
+
+BUILDERS = {build.__name__: build for build in (vig_tiny, vim_tiny, flazoo_gla)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", choices=BUILDERS, help="build it for 224 px")
+    model = BUILDERS[parser.parse_args().model](224)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters")
+
+
+if __name__ == "__main__":
+    command(main)
