@@ -88,7 +88,10 @@ OPERATORS = {depthwise_conv: "depthwise_conv_silu"}
 
 def layout(tensors):
     tensors = [tensors] if isinstance(tensors, torch.Tensor) else tensors
-    return [(x.dtype, tuple(x.shape), x.stride(), x.storage_offset() * x.element_size() % 16) for x in tensors]
+    return [
+        (x.dtype, tuple(x.shape), x.stride(), x.storage_offset() * x.element_size() % 16)
+        for x in tensors
+    ]
 
 
 @pytest.mark.parametrize("name", CASES)
