@@ -4,7 +4,7 @@
     git clone https://github.com/hustvl/Vim                 (tried with dd0358a)
     git clone https://github.com/yibozhong/fla-zoo          (tried with 9bea27b)
     export METALA_VISION_PEERS=FOLDER                       (that holds them)
-    python benchmarks/peer_models.py vim_tiny               (try one: its parameters)
+    python benchmarks/peer_models.py vim_tiny               (builds Vim's extensions, minutes)
     python benchmarks/models.py run --out models.json \\
         --peer vig_tiny=benchmarks/peer_models.py:vig_tiny \\
         --peer vim_tiny=benchmarks/peer_models.py:vim_tiny \\
@@ -12,8 +12,9 @@
 
 All need einops and transformers (5). ViG brings its own flash-linear-attention and needs
 opt_einsum; fla-zoo needs flash-linear-attention (0.6.0); Vim builds its CUDA extensions for this
-GPU when none is installed (nvcc and ninja, minutes, once). Each runs in a process of its own: their
-modules share names. Nothing of theirs is in this repository.
+GPU once, by nvcc and ninja, which takes longer than a benchmark's process may: build it first. Each
+runs in a process of its own: their modules share names. benchmarks/gpu.py takes --peer too.
+Nothing of theirs is in this repository.
 """
 
 import argparse
@@ -22,8 +23,10 @@ import importlib.util
 import os
 import sys
 import types
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from results import command
@@ -59,6 +62,8 @@ def load(module: str, name: str) -> Any:
         with hidden_kernels():  # transformers looks for a package of that name
             return importlib.import_module(module)
     except ModuleNotFoundError as error:
+        if error.name == module:
+            raise UserError(f"the checkout of {name} has no module {module}") from error
         raise UserError(f"{name} needs the package {error.name}, which is not installed") from error
 
 
@@ -78,11 +83,13 @@ def vig_tiny(size: int) -> nn.Module:
     os.environ.setdefault("TRITON_ALLOW_NON_CONSTEXPR_GLOBALS", "1")
     sys.path[:0] = [str(root / "classification/models"), str(root / "flash-linear-attention")]
     # It imports a function of causal_conv1d, a CUDA extension, and calls it nowhere.
-    extension = types.ModuleType("causal_conv1d.causal_conv1d_interface")
-    extension.CausalConv1dFn = None  # type: ignore[attr-defined]
-    sys.modules.setdefault("causal_conv1d", types.ModuleType("causal_conv1d"))
-    sys.modules.setdefault(extension.__name__, extension)
-    return load("vig", "ViG").ViG(
+    stand_ins = {n: types.ModuleType(n) for n in (CONV, f"{CONV}.causal_conv1d_interface")}
+    for name, module in stand_ins.items():
+        module.__spec__ = ModuleSpec(name, None)
+        module.__dict__["CausalConv1dFn"] = None
+    with mock.patch.dict(sys.modules, stand_ins):
+        vig = load("vig", "ViG")
+    return vig.ViG(
         img_size=size, embed_dim=192, num_heads=3, depth=12, expand_k=0.5, expand_v=1.0,
         attn_model="fused_chunk", patch_embed_version="v2", if_cls_token=False,
         if_abs_pos_embed=True, use_swiglu=True, use_out_act=True, use_out_gate=False,
@@ -90,9 +97,10 @@ def vig_tiny(size: int) -> nn.Module:
     )  # fmt: skip
 
 
+CONV = "causal_conv1d"
 # What Vim's CUDA sources call of CUB, and CUDA 13's has no more.
 CUB = """#pragma once
-#ifdef __CUDACC__
+#if defined(__CUDACC__) && __CUDACC_VER_MAJOR__ >= 13
 namespace cub {
 __device__ __forceinline__ void CTA_SYNC() { __syncthreads(); }
 __device__ __forceinline__ unsigned LaneId() {
@@ -106,25 +114,32 @@ __device__ __forceinline__ unsigned LaneId() {
 
 
 def extension(name: str, folder: Path) -> None:
-    """A CUDA extension of Vim's, imported under its name: an installed one, or one built here.
+    """A CUDA extension of Vim's, imported under its name; built if it is not yet, in torch's folder
+    for extensions (TORCH_EXTENSIONS_DIR). An installed one may be another release's.
 
     Raises:
-        UserError: where there is neither that nor a compiler that builds it.
+        UserError: where there is no compiler that builds it.
     """
-    if importlib.util.find_spec(name):
-        importlib.import_module(name)
-        return
     from torch.utils import cpp_extension  # looks for a compiler, and says what it found
 
-    if not Path(cpp_extension.CUDA_HOME or "", "bin/nvcc").is_file():
-        raise UserError(f"Vim needs {name}: it is not installed, and there is no nvcc to build it")
+    folder_of_build = Path(cpp_extension._get_build_directory(name, False))
+    built, lock = folder_of_build / f"{name}.so", folder_of_build / "lock"
+    if built.is_file() and not lock.exists():
+        spec = importlib.util.spec_from_file_location(name, built)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+        return
+    if lock.exists():
+        raise UserError(f"{lock}: {name} is being built, or its build was killed; then remove it")
+    if not cpp_extension.CUDA_HOME or not Path(cpp_extension.CUDA_HOME, "bin/nvcc").is_file():
+        raise UserError(f"Vim needs {name}, and there is no nvcc to build it")
     if not (torch.cuda.is_available() or os.environ.get("TORCH_CUDA_ARCH_LIST")):
         raise UserError(
-            f"Vim needs {name}: it is not installed, and there is no GPU to build it for "
+            f"Vim needs {name}, and there is no GPU to build it for "
             "(TORCH_CUDA_ARCH_LIST=9.0 names one)"
         )
-    header = Path(cpp_extension.get_default_build_root()) / "metala_vision_cub.h"
-    header.parent.mkdir(parents=True, exist_ok=True)
+    header = folder_of_build / "metala_vision_cub.h"
     header.write_text(CUB)
     types_ = ("HALF", "BFLOAT16")
     lifted = [f"-U__CUDA_NO_{t}_{what}__" for t in types_ for what in ("OPERATORS", "CONVERSIONS")]

@@ -10,6 +10,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def values_at_hand(x: Tensor) -> bool:
     """Whether values can be looked at without a wait: not on a GPU, not while tracing."""
+    if isinstance(x, torch.nn.Parameter):
+        x = x.detach()
     return x.device.type == "cpu" and plainly_eager(x)
 
 
@@ -36,7 +38,7 @@ def check_rows(name: str, x: Tensor) -> None:
 
 
 def check_tensor(name: str, x: Tensor, of: str, other: Tensor) -> None:
-    """All three."""
+    """A ValueError unless the argument `name` passes check_beside, check_dtype and check_rows."""
     check_beside(name, x, of, other)
     check_dtype(name, x)
     check_rows(name, x)
@@ -50,7 +52,7 @@ def check_order(order: Tensor | None, N: int, of: str, x: Tensor, H: int | None 
     shapes = [[N]] if H is None else [[N], [H, N]]
     if list(order.shape) not in shapes or order.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"order must be {' or '.join(str(s) for s in shapes)} int32 or int64, "
+            f"order must be {' or '.join(f'{s}' for s in shapes)} int32 or int64, "
             f"got {order.dtype} {list(order.shape)}"
         )
     check_beside("order", order, of, x)

@@ -11,6 +11,8 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from sklearn.datasets import load_digits
 
+pytest.register_assert_rewrite("tests.kernels._common")
+
 # Two processes that compile one graph into one cache can read what the other has half written.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(

@@ -73,20 +73,20 @@ def depthwise_conv_silu_op(
 
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor | None, top: int, left: int, impl: str) -> Tensor:
-    plain = plainly_eager(x)
-    x = as_autocast(x)
+    given = as_autocast(x)
     # Not within whole_operators: PyTorch counts the operations of its convolution by itself.
     in_node = torch.compiler.is_compiling() and in_graph(x, impl) and library.wanted(x.device)
-    if in_node and not _left_out(x, weight, bias):
-        return library.node(x, weight, bias, top, left)
-    form = choose(impl, implementations(x, impl, ("portable", "reference")))
+    if in_node and not _left_out(given, weight, bias):
+        return library.node(given, weight, bias, top, left)
+    form = choose(impl, implementations(given, impl, ("portable", "reference")))
     if form == "reference":
-        return reference(x, weight, bias, top, left)
-    if form == "portable" or (impl == "auto" and not plain):
+        return reference(given, weight, bias, top, left)
+    # The map as it came: within vmap autocast does not reach the convolution's weights.
+    if form == "portable" or (impl == "auto" and not plainly_eager(x)):
         return portable(x, weight, bias, top, left)
-    missing = _left_out(x, weight, bias)
+    missing = _left_out(given, weight, bias)
     if not missing:
-        return Fused.apply(x, weight, bias, top, left)
+        return Fused.apply(given, weight, bias, top, left)
     if impl == "triton":
         raise ValueError(f"impl='triton' does not take {missing}; accepted: auto, portable")
     return portable(x, weight, bias, top, left)

@@ -21,7 +21,7 @@ from metala_vision.kernels.gated_norm import fused
 from metala_vision.kernels.gated_norm.portable import portable
 
 __all__ = ["node", "wanted"]
-T = len(fused.NAMES)  # tensors; options follow
+TENSORS = len(fused.NAMES)  # of a call, in front of its options
 
 
 @torch.library.custom_op("metala_vision::gated_norm", mutates_args=())
@@ -55,8 +55,8 @@ def _gradients(d_y: Tensor, *arguments) -> list[Tensor]:
     """Gradients of those of the tensors that are given. arguments: those of `node`."""
     if takes_kernels(d_y):
         return [x for x in fused.backward(d_y, *arguments) if x is not None]
-    options = arguments[T:]
-    return gradients(lambda *t: [portable(*t, *options)], d_y, arguments[:T])
+    options = arguments[TENSORS:]
+    return gradients(lambda *t: [portable(*t, *options)], d_y, arguments[:TENSORS])
 
 
 register_backward(
@@ -64,7 +64,7 @@ register_backward(
     "Tensor? k, Tensor? gate, Tensor? v, Tensor? w_aug, float gate_divisor, str norm, float eps) "
     "-> Tensor[]",
     _gradients,
-    lambda d_y, *arguments: like(arguments[:T]),
+    lambda d_y, *arguments: like(arguments[:TENSORS]),
 )
 
 

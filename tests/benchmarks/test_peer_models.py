@@ -24,8 +24,11 @@ def test_a_missing_checkout_and_a_missing_package_are_named(name, monkeypatch, t
     monkeypatch.setenv(FOLDER, str(tmp_path))
     with pytest.raises(UserError, match=f"{FOLDER}={tmp_path} holds no checkout called"):
         build(224)
-    monkeypatch.setitem(sys.modules, "not_there", None)
+    (tmp_path / "theirs.py").write_text("import not_there\n")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match="ViG needs the package not_there, which is not installed"):
+        peer_models.load("theirs", "ViG")
+    with pytest.raises(UserError, match="the checkout of ViG has no module not_there"):
         peer_models.load("not_there", "ViG")
 
 
@@ -44,8 +47,9 @@ def test_two_libraries_of_one_name_are_refused(monkeypatch, tmp_path):
 def test_an_extension_that_cannot_be_built_is_named(monkeypatch, tmp_path):
     from torch.utils import cpp_extension
 
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "built"))
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
-    with pytest.raises(UserError, match=r"Vim needs not_there: .* there is no nvcc to build it"):
+    with pytest.raises(UserError, match="Vim needs not_there, and there is no nvcc to build it"):
         peer_models.extension("not_there", tmp_path)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/nvcc").touch()
@@ -55,9 +59,12 @@ def test_an_extension_that_cannot_be_built_is_named(monkeypatch, tmp_path):
         peer_models.extension("not_there", tmp_path)
     # a compiler that fails
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "built"))
     (tmp_path / "a.cu").touch()
     with pytest.raises(UserError, match="Vim's not_there does not build: "):
+        peer_models.extension("not_there", tmp_path)
+    # a build that was killed
+    (tmp_path / "built/not_there/lock").touch()
+    with pytest.raises(UserError, match=r"not_there/lock: not_there is being built, or its build"):
         peer_models.extension("not_there", tmp_path)
 
 

@@ -13,7 +13,7 @@ from metala_vision.kernels.depthwise_conv import (
 )
 from tests._numerics import SAME, bound, relative_rms
 from tests.kernels._cases import CONV_MODES, conv_inputs
-from tests.kernels._graphs import (
+from tests.kernels._common import (
     assert_close,
     assert_inlined,
     assert_second_derivatives_refused,

@@ -104,3 +104,17 @@ def test_a_wrong_call_names_the_value(changes, message):
     inputs, padding = conv_inputs()
     with pytest.raises(ValueError, match=message):
         depthwise_conv_silu(**{**inputs, **padding, **changes})
+
+
+def test_within_vmap_autocast_reaches_no_convolution_and_the_call_works():
+    inputs, padding = conv_inputs()
+    weight, bias = inputs["weight"], inputs.get("bias")
+
+    def call(x):
+        return depthwise_conv_silu_op(x, weight, bias, *padding.values())
+
+    xs = torch.stack([inputs["x"], -inputs["x"]])
+    with torch.autocast("cpu", torch.bfloat16):
+        mapped = torch.func.vmap(call)(xs)
+    assert mapped.dtype == torch.float32
+    assert relative_rms(mapped, torch.stack([call(x) for x in xs])) <= SAME

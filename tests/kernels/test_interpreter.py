@@ -14,7 +14,7 @@ from metala_vision.kernels._fused import interpreted
 from metala_vision.kernels.gated_linear_attention import DIRECTIONS, gated_linear_attention
 from tests._numerics import GATES, LENGTHS, SAME, bound, normal, relative_rms
 from tests.kernels._cases import MODES, TAU, inputs, mode_errors, truth
-from tests.kernels._graphs import INTERPRETER
+from tests.kernels._common import INTERPRETER
 
 if not interpreted():
     pytest.skip("needs TRITON_INTERPRET=1: make test-kernels", allow_module_level=True)

@@ -12,7 +12,7 @@ from metala_vision.kernels._fused import interpreted
 from metala_vision.kernels.depthwise_conv import api, depthwise_conv_silu, fused, library
 from tests._numerics import SAME, bound
 from tests.kernels._cases import CONV_MODES, conv_errors, conv_inputs
-from tests.kernels._graphs import INTERPRETER, assert_close, every_gradient, not_taken, one_node
+from tests.kernels._common import INTERPRETER, assert_close, every_gradient, not_taken, one_node
 
 if not interpreted():
     pytest.skip("needs TRITON_INTERPRET=1: make test-kernels", allow_module_level=True)

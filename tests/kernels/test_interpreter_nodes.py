@@ -1,7 +1,7 @@
 """What the kernels give as nodes lies in memory as the nodes promise: `make test-kernels`.
 
 A compiled graph reads a tensor by the strides that register_fake gives it, and from an address that
-16 bytes divide. torch.library.opcheck compares neither.
+16 bytes divide: an allocation's begin. torch.library.opcheck compares neither.
 """
 
 import pytest
@@ -19,7 +19,7 @@ from metala_vision.kernels import (
 from metala_vision.kernels._fused import interpreted
 from tests._numerics import normal
 from tests.kernels._cases import CONV_MODES, NORM_MODES, conv_inputs, norm_inputs, scan_inputs
-from tests.kernels._graphs import INTERPRETER
+from tests.kernels._common import INTERPRETER
 
 if not interpreted():
     pytest.skip("needs TRITON_INTERPRET=1: make test-kernels", allow_module_level=True)
@@ -88,10 +88,7 @@ OPERATORS = {depthwise_conv: "depthwise_conv_silu"}
 
 def layout(tensors):
     tensors = [tensors] if isinstance(tensors, torch.Tensor) else tensors
-    return [
-        (x.dtype, tuple(x.shape), x.stride(), x.storage_offset() * x.element_size() % 16)
-        for x in tensors
-    ]
+    return [(x.dtype, tuple(x.shape), x.stride(), x.storage_offset()) for x in tensors]
 
 
 @pytest.mark.parametrize("name", CASES)

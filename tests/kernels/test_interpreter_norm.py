@@ -11,7 +11,7 @@ from metala_vision.kernels.gated_linear_attention import gated_linear_attention
 from metala_vision.kernels.gated_norm import gated_norm, library
 from tests._numerics import GATES, SAME, bound
 from tests.kernels._cases import NORM_MODES, norm_errors, norm_inputs
-from tests.kernels._graphs import INTERPRETER, assert_close, every_gradient, not_taken, one_node
+from tests.kernels._common import INTERPRETER, assert_close, every_gradient, not_taken, one_node
 
 if not interpreted():
     pytest.skip("needs TRITON_INTERPRET=1: make test-kernels", allow_module_level=True)

@@ -7,7 +7,7 @@ from metala_vision.kernels._fused import interpreted
 from metala_vision.kernels.linear_recurrence import linear_recurrence
 from tests._numerics import GATES, SAME, bound, normal, relative_rms
 from tests.kernels._cases import RECURRENCE_MODES, recurrence_errors
-from tests.kernels._graphs import INTERPRETER, assert_close, every_gradient
+from tests.kernels._common import INTERPRETER, assert_close, every_gradient
 
 if not interpreted():
     pytest.skip("needs TRITON_INTERPRET=1: make test-kernels", allow_module_level=True)

@@ -7,7 +7,7 @@ from metala_vision.kernels._fused import interpreted
 from metala_vision.kernels.selective_scan import selective_scan
 from tests._numerics import SAME, bound, relative_rms
 from tests.kernels._cases import SCAN_MODES, STEP_GATES, scan_errors, scan_inputs
-from tests.kernels._graphs import INTERPRETER, assert_close, every_gradient
+from tests.kernels._common import INTERPRETER, assert_close, every_gradient
 
 if not interpreted():
     pytest.skip("needs TRITON_INTERPRET=1: make test-kernels", allow_module_level=True)

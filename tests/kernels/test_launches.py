@@ -19,10 +19,12 @@ from metala_vision.kernels._fused import interpreted, triton_version
 
 if interpreted():
     pytest.skip("nothing is compiled under TRITON_INTERPRET=1", allow_module_level=True)
-if triton_version() != (3, 6):
+if triton_version() < (3, 6):
     pytest.skip("a driver's interface is Triton's own; here it is 3.6's", allow_module_level=True)
 from triton.backends.compiler import GPUTarget
+from triton.compiler import compiler
 from triton.runtime import driver
+from triton.runtime.errors import OutOfResources
 
 import metala_vision  # noqa: F401 # registers the models
 from metala_vision.kernels.depthwise_conv import api as conv_api
@@ -30,7 +32,7 @@ from metala_vision.kernels.gated_linear_attention import api as attention_api
 from metala_vision.kernels.gated_norm import api as norm_api
 from metala_vision.kernels.linear_recurrence import api as recurrence_api
 from metala_vision.kernels.selective_scan import api as scan_api
-from metala_vision.layers import conv
+from metala_vision.layers import conv, metala
 
 pytestmark = pytest.mark.aot
 
@@ -119,6 +121,7 @@ def h100(monkeypatch):
     for api in (attention_api, conv_api, norm_api, recurrence_api, scan_api):
         monkeypatch.setattr(api, "implementations", lambda x, impl, *_: ("triton",))
     monkeypatch.setattr(conv, "on_gpu", lambda x: True)
+    monkeypatch.setattr(metala, "takes_decays", lambda q: False)
     before = driver._active
     stand_in = Driver()
     stand_in.launches()
@@ -189,16 +192,21 @@ def test_long_sequences_take_launches_for_the_states_between_segments(h100):
     assert found == (twice(forward, "scan_fwd"), twice(backward, "scan"))
 
 
-def test_a_kernel_that_does_not_compile_is_noticed(h100, monkeypatch):
-    """The test's own test: here is what a GPU would find out."""
-    from metala_vision.kernels.gated_norm import triton_fwd
+def test_metala_gives_the_kernels_its_gates(h100, monkeypatch):
+    """On a CPU it makes decays and keys first; the launches are as many."""
+    given, operator = [], metala.gated_linear_attention_op
 
-    launch = triton_fwd.forward_launch
+    def spy(q, v, k, gate, log_decay, *options):
+        given.append((k is None, gate is not None, log_decay is None))
+        return operator(q, v, k, gate, log_decay, *options)
 
-    def wrong(call):
-        y, made = launch(call)
-        return y, made._replace(num_warps=3)
+    monkeypatch.setattr(metala, "gated_linear_attention_op", spy)
+    step("metala_nano", h100)
+    assert set(given) == {(True, True, True)}
 
-    monkeypatch.setattr(triton_fwd, "forward_launch", wrong)
-    with pytest.raises(Exception, match="num_warps must be a power of 2"):
-        step("metala_nano", h100)
+
+def test_what_a_gpu_would_refuse_is_noticed(h100, monkeypatch):
+    """Of a width of its own: Triton keeps what failed."""
+    monkeypatch.setattr(compiler, "max_shared_mem", lambda device: 1)  # keeps what a driver said
+    with pytest.raises(OutOfResources, match="out of resource: shared memory"):
+        step("metala_nano", h100, embed_dim=80, num_heads=1)

@@ -10,7 +10,7 @@ from metala_vision.kernels.gated_linear_attention import (
 )
 from metala_vision.kernels.gated_linear_attention.library import node
 from tests._numerics import SAME, normal, relative_rms
-from tests.kernels._graphs import assert_second_derivatives_refused, graph_of, one_node
+from tests.kernels._common import assert_second_derivatives_refused, graph_of, one_node
 
 B, N, H, K, V = 2, 33, 2, 4, 6
 

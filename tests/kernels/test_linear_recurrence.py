@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from metala_vision.kernels.linear_recurrence import linear_recurrence, linear_recurrence_op
 from tests._numerics import GATES, LENGTHS, bound, normal, relative_rms
 from tests.kernels._cases import RECURRENCE_MODES, recurrence_errors
-from tests.kernels._graphs import assert_second_derivatives_refused, one_node
+from tests.kernels._common import assert_second_derivatives_refused, one_node
 
 RULE = bound(torch.float32, "h")
 
@@ -128,6 +128,10 @@ def test_a_second_derivative_of_the_node_is_refused_and_not_zero():
         ),
         ({"log_decay": torch.zeros(1, 9, 4)}, r"log_decay must have shape \[1, 9, 3\]"),
         ({"log_decay": torch.ones(1, 9, 3)}, r"log_decay must be <= 0, got 1\.0"),
+        (
+            {"log_decay": torch.nn.Parameter(torch.ones(1, 9, 3))},
+            r"log_decay must be <= 0, got 1\.0",
+        ),
         ({"b": torch.zeros(1, 9, 2, 3).int()}, r"b has dtype torch\.int32; accepted"),
         ({"b": torch.zeros(1, 9, 3, 2).transpose(2, 3)}, "b needs a contiguous last dimension"),
         ({"log_decay": torch.zeros(1, 9, 3, device="meta")}, "log_decay is on meta, b on cpu"),

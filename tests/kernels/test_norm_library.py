@@ -6,7 +6,7 @@ import torch
 from metala_vision.kernels.gated_norm import gated_norm, library
 from tests._numerics import SAME, relative_rms
 from tests.kernels._cases import norm_inputs
-from tests.kernels._graphs import (
+from tests.kernels._common import (
     assert_inlined,
     assert_second_derivatives_refused,
     graph_of,

@@ -9,7 +9,7 @@ from metala_vision.kernels.selective_scan import eager, selective_scan, selectiv
 from metala_vision.kernels.selective_scan.chunked import chunked
 from tests._numerics import LENGTHS, SAME, bound, relative_rms
 from tests.kernels._cases import SCAN_MODES, STEP_GATES, scan_errors, scan_inputs
-from tests.kernels._graphs import assert_second_derivatives_refused, one_node
+from tests.kernels._common import assert_second_derivatives_refused, one_node
 
 RULE = bound(torch.float32, "y")
 
@@ -174,6 +174,7 @@ def test_autocast_changes_nothing():
         ({"u": torch.zeros(1, 0, 3)}, "no dimension 0"),
         ({"A": torch.zeros(3, 65)}, r"M from 1 to 64, got \[3, 65\]"),
         ({"A": torch.ones(3, 2)}, r"A must be <= 0, got 1\.0"),
+        ({"A": torch.nn.Parameter(torch.ones(3, 2))}, r"A must be <= 0, got 1\.0"),
         ({"A": torch.zeros(4, 2)}, r"A must have shape \[3, 2\] or \[2, 3, 2\], got \[4, 2\]"),
         ({"k": torch.zeros(1, 9, 3)}, r"k must have shape \[1, 9, 2\] or \[2, 1, 9, 2\]"),
         ({"skip": torch.zeros(2)}, r"skip must have shape \[3\] or \[2, 3\], got \[2\]"),

@@ -7,7 +7,7 @@ import torch
 from metala_vision.kernels.depthwise_conv import library as conv_library
 from metala_vision.kernels.gated_norm import library as norm_library
 from tests.benchmarks._load import load
-from tests.kernels._graphs import one_node
+from tests.kernels._common import one_node
 
 saved = load("saved")
 saved_bytes = saved.saved_bytes
